@@ -1,0 +1,44 @@
+"""Ids: UUID version 7 inside, `<prefix>_<32 hex digits>` outside.
+
+Version 7 ids grow with time, so rows made together lie together in a B-tree and creation order is id order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from uuid import UUID
+
+JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
+
+_lock = threading.Lock()
+_last = 0
+
+
+def uuid7() -> UUID:
+    """A UUIDv7 (RFC 9562, section 5.7), strictly increasing within this process."""
+    global _last
+    with _lock:
+        # 48 bits of milliseconds, then 12 bits that count within one (method 3 of section 6.2).
+        stamp = max(_last + 1, (time.time_ns() * 4096) // 1_000_000)
+        _last = stamp
+    millis, fraction = stamp >> 12, stamp & 0xFFF
+    tail = int.from_bytes(os.urandom(8)) & ((1 << 62) - 1)
+    return UUID(int=(millis << 80) | (0x7 << 76) | (fraction << 64) | (0b10 << 62) | tail)
+
+
+def public_id(prefix: str, value: UUID) -> str:
+    """`public_id("job", u)` is `"job_" + u.hex`."""
+    return f"{prefix}_{value.hex}"
+
+
+def parse_id(prefix: str, text: str) -> UUID | None:
+    """The UUID in `text`, or None where it is not an id of this kind."""
+    head, _, digits = text.partition("_")
+    if head != prefix or len(digits) != 32:
+        return None
+    try:
+        return UUID(hex=digits)
+    except ValueError:
+        return None

@@ -1,0 +1,202 @@
+"""Messages between a worker's shell and its engine process.
+
+Frames are a 4-byte little-endian length and a msgspec MessagePack body; each body is one message of the two
+tagged unions below. A job is known by `key`, which holds its id and attempt, so that a late message about an
+earlier attempt can never be taken for the present one.
+
+The engine writes `Running` before it computes the first step that holds the jobs named there. If the process
+dies, the jobs that were named and have not been reported `Finished` or `Released` are the suspects.
+"""
+
+from __future__ import annotations
+
+import struct
+from uuid import UUID
+
+import msgspec
+
+from medley.spec.errors import JobError
+from medley.spec.jobs import Checkpoint, FinishReason
+from medley.spec.sampling import SamplingParams
+
+MAX_FRAME_BYTES = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class JobKey(msgspec.Struct, frozen=True, array_like=True):
+    job: UUID
+    attempt: int
+
+
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter revision: whose it is, which, and the folder on this host that holds its two files."""
+
+    tenant: UUID
+    revision: UUID
+    path: str
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine is built. None lets the engine size the value from the device. Sizes in bytes."""
+
+    model_dir: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    adapter_bytes: int | None = None
+    adapter_slots: int | None = None
+    load_format: str = "safetensors"  # or "random"
+    forward: str = "model"  # or "null": tokens without a forward pass, for measuring all that is around it
+    seed: int = 0
+
+
+# Shell to engine ---------------------------------------------------------------------------------------------
+
+
+class WorkItem(msgspec.Struct, frozen=True, array_like=True):
+    """One job for the engine. `want_progress`: send `Progress` each step (jobs with stop strings)."""
+
+    key: JobKey
+    prompt_token_ids: tuple[int, ...]
+    adapter: AdapterRef | None
+    sampling: SamplingParams
+    checkpoint: Checkpoint | None = None
+    want_progress: bool = False
+    priority: int = 0
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    items: tuple[WorkItem, ...]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget these jobs; nothing more is reported for them."""
+
+    keys: tuple[JobKey, ...]
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Give these jobs back with what they have generated (None: all); each is answered by `Released`."""
+
+    keys: tuple[JobKey, ...] | None = None
+
+
+class Upcoming(msgspec.Struct, frozen=True, tag=True):
+    """The adapters that come next, nearest first, so that loads overlap steps and eviction is by next use."""
+
+    adapters: tuple[AdapterRef, ...]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+ToEngine = Add | Abort | Release | Upcoming | Shutdown
+
+
+# Engine to shell ---------------------------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine is loaded. What it has room for, in rows, tokens, KV pages and adapter tiles."""
+
+    max_num_seqs: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    num_tiles: int
+    vocab_size: int
+    load_s: float
+
+
+class Running(msgspec.Struct, frozen=True, tag=True):
+    """These jobs enter the step that runs next."""
+
+    keys: tuple[JobKey, ...]
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """New tokens of a job that asked for progress."""
+
+    key: JobKey
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """A job's end: all its generated tokens with their log-probabilities, or an error."""
+
+    key: JobKey
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None
+    error: JobError | None = None
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    key: JobKey
+    checkpoint: Checkpoint
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Totals since the engine started, and what it holds now. Sent each second and at the end."""
+
+    steps: int = 0
+    step_s: float = 0.0  # seconds inside step()
+    forward_s: float = 0.0  # of which inside the model
+    rows: int = 0  # sum over steps of the sequences in the step
+    adapters: int = 0  # sum over steps of the distinct adapters in the step
+    prompt_tokens: int = 0  # computed, recompute included
+    generated_tokens: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    adapter_load_s: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_used: int = 0
+    num_pages: int = 0
+    tiles_used: int = 0
+    num_tiles: int = 0
+    resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
+
+
+FromEngine = Ready | Running | Progress | Finished | Released | EngineStats
+
+to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_encoder = msgspec.msgpack.Encoder(uuid_format="bytes")
+
+
+def encode_frame(message: ToEngine | FromEngine) -> bytes:
+    """One frame: length and body. Raises ValueError for a body over MAX_FRAME_BYTES."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a {type(message).__name__} of {len(body)} bytes exceeds {MAX_FRAME_BYTES}; send fewer items")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into message bodies; feed it whatever arrived."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Every body that is complete now. Raises ValueError for an announced length over MAX_FRAME_BYTES."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= 4:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame announces {length} bytes, the limit is {MAX_FRAME_BYTES}")
+            if len(self._buffer) - start - 4 < length:
+                break
+            bodies.append(bytes(self._buffer[start + 4 : start + 4 + length]))
+            start += 4 + length
+        del self._buffer[:start]
+        return bodies
