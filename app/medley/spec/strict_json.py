@@ -1,0 +1,79 @@
+"""Decode JSON that a stranger wrote, within limits that hold before anything is built from it.
+
+Knows nothing of what the JSON means. A size, a depth, no key twice in one object, no NaN or infinity,
+no number beyond float64: what two readers could understand differently is refused here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+MAX_DEPTH = 16  # PEFT and Hugging Face configurations nest 3 deep
+
+# Strings are skipped whole, so that a bracket inside one does not count.
+_DEPTH_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def decode_strict(data: bytes, *, max_bytes: int) -> Any:
+    """The value in `data` (UTF-8). Raises ValueError that says what is wrong and where it stands.
+
+    max_bytes: refuses longer input before it is parsed. Nesting beyond MAX_DEPTH is refused the same way.
+    """
+    if len(data) > max_bytes:
+        raise ValueError(f"{len(data)} bytes, the limit is {max_bytes}")
+    _check_depth(data)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at byte {error.pos}") from None
+
+
+def _check_depth(data: bytes) -> None:
+    depth = 0
+    for match in _DEPTH_TOKENS.finditer(data):
+        first = match[0][0]
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} at byte {match.start()}")
+        elif first in b"]}":
+            depth -= 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is out of range")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20:  # 2**63 has 19 digits
+        raise ValueError(f"the number {text[:40]} is out of range")
+    return int(text)
