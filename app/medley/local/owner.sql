@@ -1,0 +1,2 @@
+CREATE ROLE medley_owner LOGIN CREATEROLE;
+CREATE DATABASE medley OWNER medley_owner;
