@@ -207,9 +207,7 @@ def _refuse_variants(fields: Fields, model_type: str) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         got = f"quantised weights (quant_method {str(method)[:40]!r})"
-        fault = Fault(
-            field="quantization_config", got=got, wanted="plain float32, float16 or bfloat16 weights"
-        )
+        fault = Fault(field="quantization_config", got=got, wanted="plain float32, float16 or bfloat16 weights")
         fields.faults.append(fault)
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
@@ -274,11 +272,7 @@ def _layer_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[in
             return every_layer_full
         return tuple(window if layer >= first else None for layer in range(num_layers))
     kinds = {"full_attention": None, "sliding_attention": window}
-    if (
-        not isinstance(layer_types, list)
-        or len(layer_types) != num_layers
-        or not all(k in kinds for k in layer_types)
-    ):
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not all(k in kinds for k in layer_types):
         fields.refuse("layer_types", f"{num_layers} of {' or '.join(kinds)}")
         return every_layer_full
     return tuple(kinds[kind] for kind in layer_types)
@@ -322,9 +316,7 @@ def _weight_files(model_dir: Path, faults: list[Fault]) -> tuple[str, ...]:
         return ("model.safetensors",)
     index_path = model_dir / "model.safetensors.index.json"
     if not index_path.is_file():
-        pickles = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern)
-        )
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
         got = f"pickles only ({', '.join(pickles[:4])})" if pickles else "no weight files"
         faults.append(Fault(field="weights", got=got, wanted="model.safetensors, or shards with their index"))
         return ()
@@ -333,19 +325,13 @@ def _weight_files(model_dir: Path, faults: list[Fault]) -> tuple[str, ...]:
         return ()
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        faults.append(
-            Fault(field=f"{index_path.name}: weight_map", got=repr(weight_map)[:80], wanted="tensor: file")
-        )
+        faults.append(Fault(field=f"{index_path.name}: weight_map", got=repr(weight_map)[:80], wanted="tensor: file"))
         return ()
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         # A plain name: the index must not lead out of the folder.
         if Path(name).name != name or not name.endswith(".safetensors"):
-            faults.append(
-                Fault(field=index_path.name, got=name[:80], wanted="names of safetensors files beside it")
-            )
+            faults.append(Fault(field=index_path.name, got=name[:80], wanted="names of safetensors files beside it"))
         elif not (model_dir / name).is_file():
-            faults.append(
-                Fault(field=index_path.name, got=f"{name} is missing", wanted="every shard in the folder")
-            )
+            faults.append(Fault(field=index_path.name, got=f"{name} is missing", wanted="every shard in the folder"))
     return tuple(names)

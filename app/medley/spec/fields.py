@@ -22,9 +22,7 @@ def read_object(path: Path, max_bytes: int, faults: list[Fault]) -> dict[str, An
         with path.open("rb") as file:
             value = decode_strict(file.read(max_bytes + 1), max_bytes=max_bytes)
     except OSError as error:
-        faults.append(
-            Fault(field=path.name, got=error.strerror or "an error", wanted="a file that can be read")
-        )
+        faults.append(Fault(field=path.name, got=error.strerror or "an error", wanted="a file that can be read"))
         return None
     except ValueError as error:
         faults.append(Fault(field=path.name, got=str(error), wanted="a JSON object"))

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 MAX_DEPTH = 16  # PEFT and Hugging Face configurations nest 3 deep
 
-# Strings are skipped whole, so that a bracket inside one does not count.
-_DEPTH_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+# Strings are skipped whole, so that a bracket inside one does not count. Possessive, and with the closing
+# quote optional, so that one pass is linear whatever stands there.
+_DEPTH_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def decode_strict(data: bytes, *, max_bytes: int) -> Any:
@@ -30,7 +31,7 @@ def decode_strict(data: bytes, *, max_bytes: int) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
@@ -38,7 +39,23 @@ def decode_strict(data: bytes, *, max_bytes: int) -> Any:
             parse_int=_bounded,
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at byte {error.pos}") from None
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
+    if "\\u" in text:
+        _check_escapes(value)
+    return value
+
+
+def _check_escapes(value: Any) -> None:
+    """Half of a surrogate pair can be escaped, and then neither stored nor sent on."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("an escaped half of a surrogate pair") from None
+
+
+def shown_name(name: str) -> str:
+    """A stranger's name, made safe to print and to store: escaped, at most 160 characters."""
+    return repr(name)[1:-1][:160]
 
 
 def _check_depth(data: bytes) -> None:
