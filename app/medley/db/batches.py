@@ -1,0 +1,210 @@
+"""Batches and their jobs: creation in one transaction, flags, and what a tenant reads of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, text
+
+from medley.db.demand import add_demand, array_literal
+from medley.spec.ids import uuid7
+from medley.spec.sampling import SEED_LIMIT
+
+LOW, NORMAL, HIGH = 0, 1, 2  # priority classes
+PRIORITIES = {"low": LOW, "normal": NORMAL, "high": HIGH}
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job as it is written. `sampling` is JSON without the seed; `seed` None draws one."""
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int] | None
+    revision: UUID | None
+    adapter: str | None
+    sampling: str | None
+    max_tokens: int
+    seed: int | None = None
+    custom_id: str | None = None
+    retry_of: UUID | None = None
+    prompt_idx: int | None = None
+    column_idx: int | None = None
+    est_prompt_tokens: int | None = None  # of a prompt that is stored elsewhere
+
+
+@dataclass(frozen=True)
+class NewBatch:
+    id: UUID
+    tenant: UUID
+    pool: str
+    name: str | None = None
+    priority: int = NORMAL
+    deadline_at: datetime | None = None
+
+
+def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
+    """Writes the batch row. `append_jobs` adds jobs, `close_batch` fixes the total; all in one transaction."""
+    conn.execute(
+        text(
+            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total)"
+            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total)"
+        ),
+        {
+            "id": batch.id,
+            "tenant": batch.tenant,
+            "pool": batch.pool,
+            "name": batch.name,
+            "priority": batch.priority,
+            "deadline_at": batch.deadline_at,
+            "total": total,
+        },
+    )
+
+
+_INSERT_JOBS = """
+INSERT INTO jobs (id, tenant_id, batch_id, pool, revision_id, is_held, priority, est_tokens, deadline_at)
+SELECT r.id, %(tenant)s, %(batch)s, %(pool)s, r.revision, %(held)s, %(priority)s, r.est_tokens, %(deadline_at)s
+FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
+"""
+
+_INSERT_INPUTS = """
+INSERT INTO job_inputs (job_id, tenant_id, batch_id, custom_id, adapter, prompt, prompt_token_ids, prompt_idx,
+    column_idx, seed, sampling, retry_of)
+SELECT r.id, %(tenant)s, %(batch)s, r.custom_id, r.adapter, r.prompt, r.token_ids::int4[], r.prompt_idx,
+    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of
+FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(prompts)b::text[], %(token_ids)b::text[],
+    %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[])
+    AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of)
+"""
+
+
+def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False) -> list[UUID]:
+    """Writes `jobs` (some thousands a call) and what they add to the demand. Returns their ids, in order."""
+    ids = [uuid7() for _ in jobs]
+    shared: dict[str, Any] = {"tenant": batch.tenant, "batch": batch.id, "ids": ids}
+    conn.exec_driver_sql(
+        _INSERT_JOBS,
+        shared
+        | {
+            "pool": batch.pool,
+            "held": is_held,
+            "priority": batch.priority,
+            "deadline_at": batch.deadline_at,
+            "revisions": [j.revision for j in jobs],
+            "est_tokens": [_estimate(j) for j in jobs],
+        },
+    )
+    conn.exec_driver_sql(
+        _INSERT_INPUTS,
+        shared
+        | {
+            "custom_ids": [j.custom_id for j in jobs],
+            "adapters": [j.adapter for j in jobs],
+            "prompts": [j.prompt for j in jobs],
+            "token_ids": [None if j.prompt_token_ids is None else array_literal(j.prompt_token_ids) for j in jobs],
+            "prompt_idx": [j.prompt_idx for j in jobs],
+            "column_idx": [j.column_idx for j in jobs],
+            "seeds": [secrets.randbelow(SEED_LIMIT) if j.seed is None else j.seed for j in jobs],
+            "samplings": [j.sampling for j in jobs],
+            "retries": [j.retry_of for j in jobs],
+        },
+    )
+    if not is_held:
+        lanes: Counter[UUID | None] = Counter(j.revision for j in jobs)
+        add_demand(
+            conn,
+            batch.pool,
+            [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in lanes.items()],
+        )
+    return ids
+
+
+def _estimate(job: NewJob) -> int:
+    """prompt + 2 x expected output tokens; text is taken at 4 bytes a token until it is tokenised."""
+    if job.est_prompt_tokens is not None:
+        num_prompt = job.est_prompt_tokens
+    elif job.prompt_token_ids is not None:
+        num_prompt = len(job.prompt_token_ids)
+    else:
+        num_prompt = len(job.prompt or "") // 4 + 1
+    return num_prompt + 2 * job.max_tokens
+
+
+def close_batch(conn: Connection, batch: UUID, total: int) -> None:
+    conn.execute(text("UPDATE batches SET total = :total WHERE id = :id"), {"id": batch, "total": total})
+
+
+def lock_batches(conn: Connection, batches: Iterable[UUID]) -> None:
+    """Locks batch rows in id order; every writer of a job's state beyond a claim holds its batch."""
+    ids = list(set(batches))
+    if ids:
+        conn.exec_driver_sql(
+            "SELECT FROM batches WHERE id = ANY(%(ids)b::uuid[]) ORDER BY id FOR NO KEY UPDATE", {"ids": ids}
+        )
+
+
+def read_batch(conn: Connection, batch: UUID) -> Row[Any] | None:
+    """The batch's row, with its sweep's (`sweep_name`, `num_expanded`, ... null where it is none)."""
+    return conn.execute(_READ_BATCHES.format_where("b.id = :id"), {"id": batch}).one_or_none()
+
+
+def list_batches(conn: Connection, *, before: UUID | None, limit: int) -> Sequence[Row[Any]]:
+    """The caller's batches, newest first."""
+    statement = _READ_BATCHES.format_where(
+        "(:before IS NULL OR b.id < CAST(:before AS uuid)) ORDER BY b.id DESC LIMIT :limit"
+    )
+    return conn.execute(statement, {"before": None if before is None else str(before), "limit": limit}).all()
+
+
+class _Select:
+    """A SELECT whose WHERE clause is one of this module's constants."""
+
+    def __init__(self, head: str) -> None:
+        self._head = head
+
+    def format_where(self, where: str) -> Any:
+        return text(f"{self._head} WHERE {where}")
+
+
+_READ_BATCHES = _Select(
+    "SELECT b.*, s.name AS sweep_name, s.num_prompts, s.num_columns, s.num_expanded,"
+    " clock_timestamp() AS read_at FROM batches b LEFT JOIN sweeps s ON s.id = b.id"
+)
+
+_READ_JOB = _Select(
+    "SELECT j.id, j.tenant_id, j.batch_id, j.state, j.attempt, j.crashes, j.priority, j.created_at, j.leased_at,"
+    " j.finished_at, j.is_held, j.is_cancel_requested, j.revision_id, i.custom_id, i.adapter, i.seed, i.retry_of,"
+    " i.prompt_idx, i.column_idx,"
+    " r.seq, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message,"
+    " r.prompt_tokens, r.completion_tokens"
+    " FROM jobs j JOIN job_inputs i ON i.job_id = j.id LEFT JOIN job_results r ON r.job_id = j.id"
+)
+
+
+def read_job(conn: Connection, job: UUID) -> Row[Any] | None:
+    """One job with its input's labels and, once it has ended, its result."""
+    return conn.execute(_READ_JOB.format_where("j.id = :id"), {"id": job}).one_or_none()
+
+
+def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
+    return conn.execute(_READ_JOB.format_where("j.id = ANY(:ids)"), {"ids": list(jobs)}).all()
+
+
+_READ_RESULTS = text(
+    "SELECT r.job_id AS id, r.batch_id, r.seq, r.state, r.text, r.token_ids, r.logprobs, r.finish_reason,"
+    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt,"
+    " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, j.created_at, j.finished_at"
+    " FROM job_results r JOIN job_inputs i ON i.job_id = r.job_id JOIN jobs j ON j.id = r.job_id"
+    " WHERE r.batch_id = :batch AND r.seq > :after ORDER BY r.seq LIMIT :limit"
+)
+
+
+def read_results(conn: Connection, batch: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
+    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none."""
+    return conn.execute(_READ_RESULTS, {"batch": batch, "after": after, "limit": limit}).all()

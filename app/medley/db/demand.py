@@ -1,0 +1,79 @@
+"""What shadows the queue: `demand` (jobs that wait, by lane and priority) and `tenant_counters` (service charged).
+
+Both are written by ordered upserts of signed amounts, so that concurrent writers cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Jobs that wait for one adapter revision of one tenant (revision None: the base), at one priority."""
+
+    pool: str
+    lane: UUID
+    priority: int
+    tenant: UUID
+    revision: UUID | None
+    num_queued: int
+
+
+def read_demand(conn: Connection, pool: str) -> list[Lane]:
+    """What waits in `pool`, held jobs left out."""
+    rows = conn.execute(
+        text(
+            "SELECT pool, lane, priority, tenant_id, revision_id, num_queued FROM demand"
+            " WHERE pool = :pool AND num_queued > 0"
+        ),
+        {"pool": pool},
+    )
+    return [Lane(*row) for row in rows]
+
+
+def add_demand(conn: Connection, pool: str, changes: Iterable[tuple[UUID, int, UUID, UUID | None, int]]) -> None:
+    """Adds (lane, priority, tenant, revision, signed count) rows, in key order so that writers cannot deadlock."""
+    rows = sorted(changes, key=lambda c: (c[0].bytes, c[1]))
+    if not rows:
+        return
+    lanes, priorities, tenants, revisions, counts = zip(*rows, strict=True)
+    conn.exec_driver_sql(
+        "INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)"
+        " SELECT %(pool)s, r.lane, r.priority, r.tenant, r.revision, r.n FROM unnest("
+        "  %(lanes)b::uuid[], %(priorities)b::int2[], %(tenants)b::uuid[], %(revisions)b::uuid[], %(counts)b::int4[]"
+        " ) AS r(lane, priority, tenant, revision, n) ORDER BY r.lane, r.priority"
+        " ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued",
+        {
+            "pool": pool,
+            "lanes": list(lanes),
+            "priorities": list(priorities),
+            "tenants": list(tenants),
+            "revisions": list(revisions),
+            "counts": list(counts),
+        },
+    )
+
+
+def charge(conn: Connection, pool: str, tokens: dict[UUID, float]) -> None:
+    """Adds tokens over weight to the tenants' counters, in tenant order."""
+    if not tokens:
+        return
+    tenants = sorted(tokens, key=lambda t: t.bytes)
+    conn.exec_driver_sql(
+        "INSERT INTO tenant_counters AS c (pool, tenant_id, service)"
+        " SELECT %(pool)s, t.id, r.tokens / t.weight FROM"
+        "  unnest(%(tenants)b::uuid[], %(tokens)b::float8[]) AS r(tenant, tokens) JOIN tenants t ON t.id = r.tenant"
+        "  ORDER BY t.id"
+        " ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service",
+        {"pool": pool, "tenants": tenants, "tokens": [float(tokens[t]) for t in tenants]},
+    )
+
+
+def array_literal(values: Sequence[int] | Sequence[float]) -> str:
+    """A PostgreSQL array literal: ragged arrays cannot travel as one array parameter."""
+    return "{" + ",".join(map(repr, values)) + "}"

@@ -1,0 +1,216 @@
+"""The end of a job: the transitions into succeeded, failed, cancelled and expired.
+
+The first terminal write wins and is final. Each writes the result row, its number in the batch (`seq`), the
+batch's counts and usage in one transaction that holds the batch rows in id order, so numbers are committed in
+order and counts equal a recount.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import Connection, text
+
+from medley.db.batches import lock_batches
+from medley.db.demand import array_literal, charge
+from medley.spec.errors import ErrorCode, JobError
+from medley.spec.jobs import FinishReason, JobState
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker has to say of one of its jobs."""
+
+    job: UUID
+    attempt: int
+    state: JobState
+    text: str | None = None
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    finish_reason: FinishReason | None = None
+    error: JobError | None = None
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    job: UUID
+    batch: UUID
+    seq: int
+
+
+@dataclass(frozen=True)
+class End:
+    """An end without a worker: cancelled, expired, or failed before it could run."""
+
+    state: JobState
+    error: JobError | None = None
+
+    @classmethod
+    def quarantined(cls) -> End:
+        message = "this adapter revision killed engines by itself and was quarantined; upload a corrected one"
+        return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_QUARANTINED, message=message))
+
+
+_BATCHES_OF = text("SELECT DISTINCT batch_id FROM jobs WHERE id = ANY(:jobs)")
+
+# The fence: (job, attempt, worker) and a live lease.
+_COMPLETE = """
+UPDATE jobs j SET state = r.state, worker_id = NULL, finished_at = clock_timestamp()
+FROM unnest(%(jobs)b::uuid[], %(attempts)b::int4[], %(states)b::text[]) WITH ORDINALITY AS r(id, attempt, state, ord)
+WHERE j.id = r.id AND j.attempt = r.attempt AND j.worker_id = %(worker)s AND j.state = 'leased' AND EXISTS (
+    SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
+RETURNING r.ord, j.batch_id, j.tenant_id, j.pool, j.est_tokens
+"""
+
+# `r` is what ended: (ord, job_id, tenant_id, batch_id, state, text, ...). The batches are locked, so last_seq stands.
+_STORE = """
+numbered AS (
+    SELECT r.*, b.last_seq + row_number() OVER (PARTITION BY r.batch_id ORDER BY r.ord) AS seq
+    FROM r JOIN batches b ON b.id = r.batch_id
+), stored AS (
+    INSERT INTO job_results (job_id, tenant_id, batch_id, seq, state, text, token_ids, logprobs, finish_reason,
+        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id)
+    SELECT job_id, tenant_id, batch_id, seq, state, text, token_ids::int4[], logprobs::float4[], finish_reason,
+        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id
+    FROM numbered
+), counted AS (
+    UPDATE batches b SET
+        succeeded = b.succeeded + c.succeeded, failed = b.failed + c.failed,
+        cancelled = b.cancelled + c.cancelled, expired = b.expired + c.expired,
+        prompt_tokens = b.prompt_tokens + c.prompt_tokens,
+        completion_tokens = b.completion_tokens + c.completion_tokens,
+        last_seq = b.last_seq + c.num_ended,
+        finished_at = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
+            THEN clock_timestamp() END
+    FROM (
+        SELECT batch_id, count(*) AS num_ended,
+            count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+            count(*) FILTER (WHERE state = 'failed') AS failed,
+            count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+            count(*) FILTER (WHERE state = 'expired') AS expired,
+            sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
+        FROM numbered GROUP BY batch_id
+    ) c WHERE b.id = c.batch_id
+), dropped AS (
+    DELETE FROM checkpoints c USING r WHERE c.job_id = r.job_id
+)
+"""
+
+_STORE_RESULTS = (
+    """
+WITH r AS (
+    SELECT * FROM unnest(%(jobs)b::uuid[], %(tenants)b::uuid[], %(batches)b::uuid[], %(states)b::text[],
+        %(texts)b::text[], %(token_ids)b::text[], %(logprobs)b::text[], %(reasons)b::text[], %(codes)b::text[],
+        %(messages)b::text[], %(prompt_tokens)b::int4[], %(completion_tokens)b::int4[], %(attempts)b::int4[],
+        %(workers)b::uuid[])
+    WITH ORDINALITY AS r(job_id, tenant_id, batch_id, state, text, token_ids, logprobs, finish_reason, error_code,
+        error_message, prompt_tokens, completion_tokens, attempt, worker_id, ord)
+), """
+    + _STORE
+    + "SELECT job_id, batch_id, seq FROM numbered"
+)
+
+
+def complete(conn: Connection, worker: UUID, results: Sequence[Result]) -> list[Ended]:
+    """Stores a worker's results where (job, attempt, worker) match and its lease lives; the rest is fenced.
+
+    Returns what was stored, in the order of `results`. Corrects the tenants' counters from estimate to usage.
+    """
+    lock_batches(conn, conn.execute(_BATCHES_OF, {"jobs": [r.job for r in results]}).scalars())
+    matched = conn.exec_driver_sql(
+        _COMPLETE,
+        {
+            "worker": worker,
+            "jobs": [r.job for r in results],
+            "attempts": [r.attempt for r in results],
+            "states": [r.state.value for r in results],
+        },
+    ).all()
+    if not matched:
+        return []
+    matched = sorted(matched, key=lambda row: row.ord)
+    kept = [results[row.ord - 1] for row in matched]
+    rows = conn.exec_driver_sql(
+        _STORE_RESULTS,
+        {
+            "jobs": [r.job for r in kept],
+            "tenants": [row.tenant_id for row in matched],
+            "batches": [row.batch_id for row in matched],
+            "states": [r.state.value for r in kept],
+            # PostgreSQL's text cannot hold NUL, which a model may well generate.
+            "texts": [None if r.text is None else r.text.replace("\0", "\ufffd") for r in kept],
+            "token_ids": [array_literal(r.token_ids) for r in kept],
+            "logprobs": [array_literal(r.logprobs) for r in kept],
+            "reasons": [r.finish_reason and r.finish_reason.value for r in kept],
+            "codes": [r.error and r.error.code.value for r in kept],
+            "messages": [r.error and r.error.message for r in kept],
+            "prompt_tokens": [r.prompt_tokens for r in kept],
+            "completion_tokens": [len(r.token_ids) for r in kept],
+            "attempts": [r.attempt for r in kept],
+            "workers": [worker] * len(kept),
+        },
+    ).all()
+    for pool in {row.pool for row in matched}:
+        correction: Counter[UUID] = Counter()
+        for row, result in zip(matched, kept, strict=True):
+            if row.pool == pool:
+                correction[row.tenant_id] += result.prompt_tokens + 2 * len(result.token_ids) - row.est_tokens
+        charge(conn, pool, dict(correction))
+    order = {row.job_id: Ended(row.job_id, row.batch_id, row.seq) for row in rows}
+    return [order[r.job] for r in kept]
+
+
+# Ends without a worker are set-based: a batch of a million queued jobs is cancelled by one statement.
+_END_UNCLAIMED = (
+    """
+WITH left_queue AS (
+    UPDATE jobs j SET state = %(state)s, worker_id = NULL, finished_at = clock_timestamp()
+    FROM (SELECT j.id, j.is_held FROM jobs j WHERE {which} AND j.state = 'queued' FOR UPDATE) was
+    WHERE j.id = was.id AND j.state = 'queued'
+    RETURNING j.id, j.tenant_id, j.batch_id, j.pool, j.lane, j.priority, j.revision_id, j.attempt, was.is_held
+), r AS (
+    SELECT id AS job_id, tenant_id, batch_id, pool, lane, priority, revision_id, is_held, attempt,
+        %(state)s::text AS state, NULL::text AS text, NULL::text AS token_ids, NULL::text AS logprobs,
+        NULL::text AS finish_reason, %(code)s::text AS error_code, %(message)s::text AS error_message,
+        0 AS prompt_tokens, 0 AS completion_tokens, NULL::uuid AS worker_id,
+        row_number() OVER (ORDER BY id) AS ord
+    FROM left_queue
+), """
+    + _STORE
+    + """, undemanded AS (
+    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT pool, lane, priority, tenant_id, revision_id, -count(*) FROM r WHERE NOT is_held
+    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
+    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+)
+SELECT count(*) FROM numbered
+"""
+)
+_END_JOBS = _END_UNCLAIMED.format(which="j.id = ANY(%(jobs)b::uuid[])")
+_END_BATCH = _END_UNCLAIMED.format(which="j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s)")
+
+
+def _end_parameters(end: End) -> dict[str, object]:
+    return {
+        "state": end.state.value,
+        "code": end.error and end.error.code.value,
+        "message": end.error and end.error.message,
+    }
+
+
+def end_unclaimed(conn: Connection, jobs: Sequence[UUID], end: End) -> int:
+    """Ends those of `jobs` that are still queued. Returns how many."""
+    lock_batches(conn, conn.execute(_BATCHES_OF, {"jobs": list(jobs)}).scalars())
+    count: int = conn.exec_driver_sql(_END_JOBS, {"jobs": list(jobs), **_end_parameters(end)}).scalar_one()
+    return count
+
+
+def end_batch_queue(conn: Connection, batch: UUID, end: End) -> int:
+    """Ends every queued job of a batch. Returns how many."""
+    lock_batches(conn, [batch])
+    count: int = conn.exec_driver_sql(_END_BATCH, {"batch": batch, **_end_parameters(end)}).scalar_one()
+    return count

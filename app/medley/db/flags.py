@@ -1,0 +1,119 @@
+"""Cancel and pause: flags of a batch or a job, which claims and flushes respect.
+
+Setting a flag ends or holds what is still queued in the same transaction, so a claim never meets a job of a
+cancelled or paused batch; what is leased is left to its worker, which reads `flagged` each second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from medley.db.batches import lock_batches
+from medley.db.ends import End, end_batch_queue, end_unclaimed
+from medley.spec.jobs import JobState
+
+
+def cancel_job(conn: Connection, job: UUID) -> bool:
+    """Cancels a queued job now and asks the worker of a leased one. False for a job that has ended or is unknown."""
+    if end_unclaimed(conn, [job], End(JobState.CANCELLED)):
+        return True
+    asked = conn.execute(
+        text("UPDATE jobs SET is_cancel_requested = true WHERE id = :id AND state = 'leased' RETURNING id"),
+        {"id": job},
+    )
+    if asked.one_or_none() is not None:
+        return True
+    # Between the two statements the job may have gone back into the queue.
+    return bool(end_unclaimed(conn, [job], End(JobState.CANCELLED)))
+
+
+def cancel_batch(conn: Connection, batch: UUID) -> bool:
+    """Cancels what is queued, flags the rest; finished results are kept. False where the batch has finished."""
+    flagged = conn.execute(
+        text(
+            "UPDATE batches SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp())"
+            " WHERE id = :id AND finished_at IS NULL RETURNING id"
+        ),
+        {"id": batch},
+    ).one_or_none()
+    if flagged is None:
+        return False
+    end_batch_queue(conn, batch, End(JobState.CANCELLED))
+    return True
+
+
+_HOLD = """
+WITH held AS (
+    UPDATE jobs j SET is_held = %(held)s
+    WHERE j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s)
+        AND j.state = 'queued' AND j.is_held <> %(held)s
+    RETURNING j.pool, j.lane, j.priority, j.tenant_id, j.revision_id
+)
+INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+SELECT pool, lane, priority, tenant_id, revision_id, count(*) * %(sign)s FROM held
+GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
+ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+"""
+
+
+def pause_batch(conn: Connection, batch: UUID) -> bool:
+    """Holds what is queued; workers release what they run, with checkpoints. False where it has finished."""
+    return _set_paused(conn, batch, "clock_timestamp()", held=True)
+
+
+def resume_batch(conn: Connection, batch: UUID) -> bool:
+    """Lets held jobs wait again. False where the batch has finished."""
+    return _set_paused(conn, batch, "NULL", held=False)
+
+
+def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) -> bool:
+    lock_batches(conn, [batch])
+    statement = f"UPDATE batches SET paused_at = {paused_at} WHERE id = :id AND finished_at IS NULL RETURNING id"
+    if conn.execute(text(statement), {"id": batch}).one_or_none() is None:
+        return False
+    conn.exec_driver_sql(_HOLD, {"batch": batch, "held": held, "sign": -1 if held else 1})
+    return True
+
+
+class Flag(StrEnum):
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    RELEASE = "release"  # its batch is paused
+
+
+@dataclass(frozen=True)
+class Flagged:
+    job: UUID
+    attempt: int
+    flag: Flag
+
+
+_FLAGGED = text(
+    "SELECT j.id, j.attempt, CASE"
+    " WHEN j.is_cancel_requested OR b.cancel_requested_at IS NOT NULL THEN 'cancel'"
+    " WHEN j.deadline_at <= clock_timestamp() THEN 'expire' ELSE 'release' END AS flag"
+    " FROM jobs j JOIN batches b ON b.id = j.batch_id"
+    " WHERE j.worker_id = :worker AND j.state = 'leased' AND (j.is_cancel_requested"
+    "  OR b.cancel_requested_at IS NOT NULL OR b.paused_at IS NOT NULL OR j.deadline_at <= clock_timestamp())"
+)
+
+
+def flagged(conn: Connection, worker: UUID) -> list[Flagged]:
+    """The worker's jobs that must not run on: cancelled, past their deadline, or of a paused batch."""
+    return [Flagged(row.id, row.attempt, Flag(row.flag)) for row in conn.execute(_FLAGGED, {"worker": worker})]
+
+
+def expire_queued(conn: Connection, limit: int = 5_000) -> int:
+    """Expires queued jobs past their deadline, held ones too. Returns how many."""
+    due = conn.execute(
+        text(
+            "SELECT id FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
+            " AND deadline_at <= clock_timestamp() LIMIT :limit"
+        ),
+        {"limit": limit},
+    ).scalars()
+    return end_unclaimed(conn, list(due), End(JobState.EXPIRED))

@@ -1,0 +1,158 @@
+"""The queue: claims, which turn queued rows into assignments, and the ways back into it.
+
+Owns the transitions `queued -> leased` and `leased -> queued`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from medley.db.batches import lock_batches
+from medley.db.demand import add_demand, array_literal, charge
+from medley.db.ends import End, end_unclaimed
+from medley.spec.jobs import Checkpoint, JobState
+
+
+@dataclass(frozen=True)
+class Claimed:
+    job: UUID
+    attempt: int
+    tenant: UUID
+    lane: UUID
+    est_tokens: int
+
+
+_CLAIM = """
+WITH want AS (
+    SELECT * FROM unnest(%(lanes)b::uuid[], %(counts)b::int4[]) WITH ORDINALITY AS w(lane, n, ord)
+), picked AS (
+    SELECT q.id FROM want w CROSS JOIN LATERAL (
+        SELECT j.id FROM jobs j
+        WHERE j.pool = %(pool)s AND j.lane = w.lane AND j.state = 'queued' AND NOT j.is_held
+        ORDER BY j.priority DESC, j.id LIMIT w.n FOR UPDATE SKIP LOCKED
+    ) q
+)
+UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
+FROM picked, workers w
+WHERE j.id = picked.id AND w.id = %(worker)s AND w.state IN ('active', 'waking')
+    AND w.lease_until > clock_timestamp()
+RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
+"""
+
+
+def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Claimed]:
+    """Assigns up to n jobs of each (lane, n) to `worker`: the row itself becomes the assignment.
+
+    Charges the tenants by estimate. The caller holds its term in this transaction (`leaders.hold_term`). A worker
+    without a live lease gets nothing.
+    """
+    rows = conn.exec_driver_sql(
+        _CLAIM,
+        {
+            "pool": pool,
+            "worker": worker,
+            "lanes": [lane for lane, _ in lanes],
+            "counts": [n for _, n in lanes],
+        },
+    ).all()
+    _leave_queue(conn, pool, rows)
+    return [Claimed(row.id, row.attempt, row.tenant_id, row.lane, row.est_tokens) for row in rows]
+
+
+def _leave_queue(conn: Connection, pool: str, rows: Sequence[Any]) -> None:
+    tokens: Counter[UUID] = Counter()
+    left: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
+    for row in rows:
+        tokens[row.tenant_id] += row.est_tokens
+        left[(row.lane, row.priority, row.tenant_id, row.revision_id)] += 1
+    charge(conn, pool, dict(tokens))
+    add_demand(conn, pool, [(*key, -n) for key, n in left.items()])
+
+
+@dataclass(frozen=True)
+class Release:
+    """A job given back by its worker, with what it has generated so far."""
+
+    job: UUID
+    attempt: int
+    checkpoint: Checkpoint | None
+
+
+_RELEASABLE = """
+SELECT j.id, j.batch_id FROM jobs j JOIN unnest(%(jobs)b::uuid[], %(attempts)b::int4[]) AS r(id, attempt)
+    ON j.id = r.id AND j.attempt = r.attempt
+WHERE j.worker_id = %(worker)s AND j.state = 'leased' AND EXISTS (
+    SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
+"""
+
+_SAVE_CHECKPOINTS = """
+INSERT INTO checkpoints (job_id, tenant_id, token_ids, logprobs)
+SELECT j.id, j.tenant_id, r.token_ids::int4[], r.logprobs::float4[]
+FROM unnest(%(jobs)b::uuid[], %(token_ids)b::text[], %(logprobs)b::text[]) AS r(id, token_ids, logprobs)
+JOIN jobs j ON j.id = r.id
+ON CONFLICT (job_id) DO UPDATE SET token_ids = excluded.token_ids, logprobs = excluded.logprobs
+"""
+
+
+def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list[UUID]:
+    """Puts a live worker's jobs back with their checkpoints. Returns the jobs that matched (the rest is fenced)."""
+    found = conn.exec_driver_sql(
+        _RELEASABLE,
+        {"worker": worker, "jobs": [r.job for r in releases], "attempts": [r.attempt for r in releases]},
+    ).all()
+    back = requeue(conn, worker, {row.id: row.batch_id for row in found})
+    kept = [r for r in releases if r.job in back and r.checkpoint is not None and r.checkpoint.token_ids]
+    if kept:
+        conn.exec_driver_sql(
+            _SAVE_CHECKPOINTS,
+            {
+                "jobs": [r.job for r in kept],
+                "token_ids": [array_literal(r.checkpoint.token_ids) for r in kept if r.checkpoint],
+                "logprobs": [array_literal(r.checkpoint.logprobs) for r in kept if r.checkpoint],
+            },
+        )
+    return sorted(back)
+
+
+_REQUEUE = """
+UPDATE jobs j SET state = 'queued', worker_id = NULL, leased_at = NULL, is_held = b.paused_at IS NOT NULL
+FROM batches b
+WHERE j.id = ANY(%(jobs)b::uuid[]) AND j.state = 'leased' AND j.worker_id = %(worker)s AND b.id = j.batch_id
+RETURNING j.id, j.tenant_id, j.pool, j.lane, j.priority, j.revision_id, j.est_tokens, j.is_held,
+    CASE WHEN j.is_cancel_requested OR b.cancel_requested_at IS NOT NULL THEN 'cancelled'
+         WHEN j.deadline_at <= clock_timestamp() THEN 'expired'
+         WHEN EXISTS (SELECT FROM adapter_revisions r WHERE r.id = j.revision_id AND r.quarantined_at IS NOT NULL)
+         THEN 'failed' END AS ending
+"""
+
+
+def requeue(conn: Connection, worker: UUID, jobs: dict[UUID, UUID]) -> set[UUID]:
+    """`leased -> queued` for jobs (id -> batch) of `worker`, or on to their end where one is due.
+
+    Refunds the estimate that the claim charged. Returns the ids that left the worker.
+    """
+    if not jobs:
+        return set()
+    lock_batches(conn, jobs.values())
+    rows = conn.exec_driver_sql(_REQUEUE, {"jobs": list(jobs), "worker": worker}).all()
+    for pool in {row.pool for row in rows}:
+        here = [row for row in rows if row.pool == pool]
+        refund: Counter[UUID] = Counter()
+        back: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
+        for row in here:
+            refund[row.tenant_id] -= row.est_tokens
+            if not row.is_held:
+                back[(row.lane, row.priority, row.tenant_id, row.revision_id)] += 1
+        charge(conn, pool, dict(refund))
+        add_demand(conn, pool, [(*key, n) for key, n in back.items()])
+    for ending in (JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED):
+        due = [row.id for row in rows if row.ending == ending]
+        if due:
+            end_unclaimed(conn, due, End.quarantined() if ending is JobState.FAILED else End(ending))
+    return {row.id for row in rows}

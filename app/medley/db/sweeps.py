@@ -1,0 +1,224 @@
+"""Sweeps: prompts x columns (adapter revisions, and the base) x seeds, stored once and expanded by the service.
+
+Cells are numbered prompt-major, so that one adapter's jobs spread over the whole run and every column progresses:
+cell = (prompt_idx * num_seeds + seed_idx) * num_columns + column_idx. A prompt that belongs to one adapter alone
+has cells for that adapter and the base only, so cells are the rows of `_CELLS`, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, text
+
+from medley.db.batches import NewBatch, NewJob, append_jobs, lock_batches, open_batch
+from medley.db.demand import array_literal
+from medley.db.ends import End, end_batch_queue
+from medley.spec.jobs import JobState
+
+EXPAND_RING_S = 5.0  # seconds after which an expansion that has not moved is rung again
+
+
+@dataclass(frozen=True)
+class SweepPrompt:
+    prompt: str | None
+    prompt_token_ids: Sequence[int] | None
+    expected: str | None
+    custom_id: str | None
+    only_adapter: str | None
+
+
+@dataclass(frozen=True)
+class SweepColumn:
+    adapter: str | None  # None: the base
+    revision: UUID | None
+
+
+@dataclass(frozen=True)
+class NewSweep:
+    name: str
+    definition_sha256: bytes
+    sampling: str  # JSON
+    seeds: Sequence[int]
+    prompts: Sequence[SweepPrompt]
+    columns: Sequence[SweepColumn]
+
+    @property
+    def num_cells(self) -> int:
+        by_adapter = {c.adapter for c in self.columns}
+        base = None in by_adapter
+        own = sum(
+            len(self.columns) if p.only_adapter is None else (p.only_adapter in by_adapter) + base for p in self.prompts
+        )
+        return own * len(self.seeds)
+
+
+def find_sweep(conn: Connection, name: str) -> Row[Any] | None:
+    return conn.execute(text("SELECT * FROM sweeps WHERE name = :name"), {"name": name}).one_or_none()
+
+
+def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
+    """Writes batch, sweep, prompts and columns in one transaction. Raises IntegrityError for a name that is taken."""
+    open_batch(conn, batch, total=sweep.num_cells)
+    conn.execute(
+        text(
+            "INSERT INTO sweeps (id, tenant_id, name, definition_sha256, sampling, seeds, num_prompts, num_columns,"
+            " expand_due_at) VALUES (:id, :tenant, :name, :digest, CAST(:sampling AS jsonb), :seeds, :num_prompts,"
+            " :num_columns, clock_timestamp())"
+        ),
+        {
+            "id": batch.id,
+            "tenant": batch.tenant,
+            "name": sweep.name,
+            "digest": sweep.definition_sha256,
+            "sampling": sweep.sampling,
+            "seeds": list(sweep.seeds),
+            "num_prompts": len(sweep.prompts),
+            "num_columns": len(sweep.columns),
+        },
+    )
+    conn.exec_driver_sql(
+        "INSERT INTO sweep_prompts (sweep_id, prompt_idx, tenant_id, custom_id, prompt, prompt_token_ids, expected,"
+        " only_adapter) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id, r.prompt, r.token_ids::int4[], r.expected,"
+        " r.only_adapter FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[],"
+        " %(expected)b::text[], %(only)b::text[])"
+        " WITH ORDINALITY AS r(custom_id, prompt, token_ids, expected, only_adapter, ord)",
+        {
+            "sweep": batch.id,
+            "tenant": batch.tenant,
+            "custom_ids": [p.custom_id for p in sweep.prompts],
+            "prompts": [p.prompt for p in sweep.prompts],
+            "token_ids": [
+                None if p.prompt_token_ids is None else array_literal(p.prompt_token_ids) for p in sweep.prompts
+            ],
+            "expected": [p.expected for p in sweep.prompts],
+            "only": [p.only_adapter for p in sweep.prompts],
+        },
+    )
+    conn.exec_driver_sql(
+        "INSERT INTO sweep_columns (sweep_id, column_idx, tenant_id, adapter, revision_id)"
+        " SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.adapter, r.revision"
+        " FROM unnest(%(adapters)b::text[], %(revisions)b::uuid[]) WITH ORDINALITY AS r(adapter, revision, ord)",
+        {
+            "sweep": batch.id,
+            "tenant": batch.tenant,
+            "adapters": [c.adapter for c in sweep.columns],
+            "revisions": [c.revision for c in sweep.columns],
+        },
+    )
+
+
+_CELLS = text(
+    "SELECT p.prompt_idx, c.column_idx, q.seed, p.custom_id, c.adapter, c.revision_id,"
+    " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1) AS est_prompt_tokens,"
+    " r.quarantined_at"
+    " FROM sweep_prompts p CROSS JOIN unnest(CAST(:seeds AS bigint[])) WITH ORDINALITY AS q(seed, seed_idx)"
+    " JOIN sweep_columns c ON c.sweep_id = p.sweep_id"
+    "  AND (p.only_adapter IS NULL OR c.adapter IS NULL OR c.adapter = p.only_adapter)"
+    " LEFT JOIN adapter_revisions r ON r.id = c.revision_id"
+    " WHERE p.sweep_id = :sweep ORDER BY p.prompt_idx, q.seed_idx, c.column_idx OFFSET :offset LIMIT :limit"
+)
+
+
+def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
+    """Turns the next `limit` cells into jobs; progress and jobs are one transaction. Returns whether all are done.
+
+    Several expanders at once are harmless: the batch's row is locked and the progress read under it.
+    """
+    lock_batches(conn, [sweep_id])
+    row = conn.execute(
+        text(
+            "SELECT s.*, s.sampling->>'max_tokens' AS max_tokens, b.pool, b.priority, b.deadline_at, b.total,"
+            " b.paused_at, b.cancel_requested_at FROM sweeps s JOIN batches b ON b.id = s.id WHERE s.id = :id"
+        ),
+        {"id": sweep_id},
+    ).one_or_none()
+    if row is None or row.expand_due_at is None:
+        return True
+    cells = conn.execute(
+        _CELLS, {"sweep": sweep_id, "seeds": row.seeds, "offset": row.num_expanded, "limit": limit}
+    ).all()
+    batch = NewBatch(row.id, row.tenant_id, row.pool, priority=row.priority, deadline_at=row.deadline_at)
+    jobs = [_cell_job(cell, int(row.max_tokens)) for cell in cells]
+    if jobs:
+        append_jobs(conn, batch, jobs, is_held=row.paused_at is not None)
+    num_expanded = row.num_expanded + len(cells)
+    done = num_expanded >= row.total
+    conn.execute(
+        text(
+            "UPDATE sweeps SET num_expanded = :num_expanded, expand_due_at = CASE WHEN :done THEN NULL"
+            " ELSE clock_timestamp() + make_interval(secs => :ring_s) END WHERE id = :id"
+        ),
+        {"id": sweep_id, "num_expanded": num_expanded, "done": done, "ring_s": EXPAND_RING_S},
+    )
+    if row.cancel_requested_at is not None:
+        end_batch_queue(conn, sweep_id, End(JobState.CANCELLED))
+    return bool(done)
+
+
+def _cell_job(cell: Row[Any], max_tokens: int) -> NewJob:
+    # The prompt itself stands in sweep_prompts, once.
+    return NewJob(
+        prompt=None,
+        prompt_token_ids=None,
+        revision=cell.revision_id,
+        adapter=cell.adapter,
+        sampling=None,
+        max_tokens=max_tokens,
+        seed=cell.seed,
+        custom_id=cell.custom_id,
+        prompt_idx=cell.prompt_idx,
+        column_idx=cell.column_idx,
+        est_prompt_tokens=cell.est_prompt_tokens,
+    )
+
+
+def due_expansions(conn: Connection) -> list[UUID]:
+    """Sweeps whose expansion is to be rung (again); pushes their due time on, so that each is rung once a while."""
+    return list(
+        conn.execute(
+            text(
+                "UPDATE sweeps SET expand_due_at = clock_timestamp() + make_interval(secs => :ring_s)"
+                " WHERE expand_due_at <= clock_timestamp() RETURNING id"
+            ),
+            {"ring_s": EXPAND_RING_S},
+        ).scalars()
+    )
+
+
+_REPORT = text(
+    "SELECT c.column_idx, c.adapter, count(r.job_id) AS num_ended,"
+    " count(*) FILTER (WHERE r.state = 'succeeded') AS num_succeeded,"
+    " count(*) FILTER (WHERE r.state IN ('failed', 'expired', 'cancelled')) AS num_unsuccessful,"
+    " count(*) FILTER (WHERE p.expected IS NOT NULL AND r.state = 'succeeded') AS num_scored,"
+    " count(*) FILTER (WHERE p.expected IS NOT NULL AND r.state = 'succeeded'"
+    "  AND btrim(r.text, E' \\t\\r\\n') = btrim(p.expected, E' \\t\\r\\n')) AS num_correct,"
+    " sum(r.completion_tokens) AS completion_tokens"
+    " FROM sweep_columns c"
+    " LEFT JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx"
+    " LEFT JOIN job_results r ON r.job_id = i.job_id"
+    " LEFT JOIN sweep_prompts p ON p.sweep_id = c.sweep_id AND p.prompt_idx = i.prompt_idx"
+    " WHERE c.sweep_id = :sweep GROUP BY c.column_idx, c.adapter ORDER BY c.column_idx"
+)
+
+# The base on the very prompts of an adapter: what the adapter is compared with.
+_BASE_REPORT = text(
+    "SELECT coalesce(p.only_adapter, '') AS only_adapter, count(*) AS num_scored,"
+    " count(*) FILTER (WHERE btrim(r.text, E' \\t\\r\\n') = btrim(p.expected, E' \\t\\r\\n')) AS num_correct"
+    " FROM sweep_columns c JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx"
+    " JOIN job_results r ON r.job_id = i.job_id AND r.state = 'succeeded'"
+    " JOIN sweep_prompts p ON p.sweep_id = c.sweep_id AND p.prompt_idx = i.prompt_idx AND p.expected IS NOT NULL"
+    " WHERE c.sweep_id = :sweep AND c.adapter IS NULL GROUP BY 1"
+)
+
+
+def report(conn: Connection, sweep_id: UUID) -> tuple[Sequence[Row[Any]], dict[str, tuple[int, int]]]:
+    """(rows by column, {only_adapter or "": (scored, correct) of the base}): exact match after trimming blanks."""
+    columns = conn.execute(_REPORT, {"sweep": sweep_id}).all()
+    base = {
+        row.only_adapter: (row.num_scored, row.num_correct) for row in conn.execute(_BASE_REPORT, {"sweep": sweep_id})
+    }
+    return columns, base

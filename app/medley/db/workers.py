@@ -1,0 +1,169 @@
+"""Workers and their leases: one row a worker, renewed by one UPDATE, on the database's clock.
+
+A lease that has lapsed is never renewed: the worker is gone, its jobs go back, and a process that wakes up later
+must begin again under a new id. Ids are never reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import Connection, Row, text
+
+from medley.db.queue import requeue
+
+
+class WorkerState(StrEnum):
+    ASLEEP = "asleep"
+    WAKING = "waking"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class LeaseLost(Exception):
+    """The worker's lease has lapsed: its jobs belong to others now. Stop, and start under a new id."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine holds at the most; zeros while it is not loaded."""
+
+    max_num_seqs: int
+    num_pages: int = 0
+    page_size: int = 0
+    num_tiles: int = 0
+
+
+def register(conn: Connection, worker: UUID, *, pool: str, host: str, pid: int, room: Room, lease_s: float) -> None:
+    """A new worker, asleep: its engine is loaded when the dispatcher wakes it."""
+    conn.execute(
+        text(
+            "INSERT INTO workers (id, pool, host, pid, state, desired_state, lease_until, max_num_seqs)"
+            " VALUES (:id, :pool, :host, :pid, 'asleep', 'asleep',"
+            "  clock_timestamp() + make_interval(secs => :lease_s), :max_num_seqs)"
+        ),
+        {
+            "id": worker,
+            "pool": pool,
+            "host": host,
+            "pid": pid,
+            "lease_s": lease_s,
+            "max_num_seqs": room.max_num_seqs,
+        },
+    )
+
+
+def renew(
+    conn: Connection,
+    worker: UUID,
+    *,
+    lease_s: float,
+    state: WorkerState,
+    room: Room,
+    resident: Sequence[UUID],
+    stats: object,
+) -> WorkerState:
+    """Renews the lease and reports. Returns the desired state. Raises LeaseLost where the lease has lapsed."""
+    row = conn.execute(
+        text(
+            "UPDATE workers SET lease_until = clock_timestamp() + make_interval(secs => :lease_s), state = :state,"
+            " changed_at = CASE WHEN state <> :state THEN clock_timestamp() ELSE changed_at END,"
+            " max_num_seqs = :max_num_seqs, num_pages = :num_pages, page_size = :page_size, num_tiles = :num_tiles,"
+            " resident = :resident, stats = CAST(:stats AS jsonb)"
+            " WHERE id = :id AND state <> 'gone' AND lease_until > clock_timestamp() RETURNING desired_state"
+        ),
+        {
+            "id": worker,
+            "lease_s": lease_s,
+            "state": state.value,
+            "max_num_seqs": room.max_num_seqs,
+            "num_pages": room.num_pages,
+            "page_size": room.page_size,
+            "num_tiles": room.num_tiles,
+            "resident": list(resident),
+            "stats": msgspec.json.encode(stats).decode(),
+        },
+    ).one_or_none()
+    if row is None:
+        raise LeaseLost(f"the lease of worker {worker} has lapsed")
+    return WorkerState(row.desired_state)
+
+
+def leave(conn: Connection, worker: UUID) -> None:
+    """The worker's own farewell, after it has released its jobs."""
+    conn.execute(
+        text(
+            "UPDATE workers SET state = 'gone', desired_state = 'gone', changed_at = clock_timestamp() WHERE id = :id"
+        ),
+        {"id": worker},
+    )
+
+
+def desire(conn: Connection, worker: UUID, state: WorkerState) -> None:
+    """Sets the state the worker is to take; a message only rings. The caller holds its term."""
+    conn.execute(
+        text(
+            "UPDATE workers SET desired_state = :state, changed_at = clock_timestamp()"
+            " WHERE id = :id AND state <> 'gone' AND desired_state <> :state"
+        ),
+        {"id": worker, "state": state.value},
+    )
+
+
+_READ_WORKERS = text(
+    "SELECT w.*, extract(epoch FROM w.lease_until - clock_timestamp())::float8 AS lease_left_s,"
+    " extract(epoch FROM clock_timestamp() - w.changed_at)::float8 AS unchanged_s,"
+    " (SELECT count(*) FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased') AS num_leased"
+    " FROM workers w WHERE w.pool = :pool AND w.state <> 'gone' ORDER BY w.id"
+)
+
+
+def read_workers(conn: Connection, pool: str) -> Sequence[Row[Any]]:
+    """The pool's living workers with what they hold and how long their leases still run (seconds)."""
+    return conn.execute(_READ_WORKERS, {"pool": pool}).all()
+
+
+def leased_by_lane(conn: Connection, pool: str) -> Sequence[Row[Any]]:
+    """(worker_id, lane, tenant_id, num_jobs, est_tokens) of what is leased in the pool."""
+    return conn.execute(
+        text(
+            "SELECT j.worker_id, j.lane, j.tenant_id, count(*) AS num_jobs, sum(j.est_tokens) AS est_tokens"
+            " FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+            " WHERE w.pool = :pool AND w.state <> 'gone' GROUP BY j.worker_id, j.lane, j.tenant_id"
+        ),
+        {"pool": pool},
+    ).all()
+
+
+def mark_gone(conn: Connection, pool: str) -> list[UUID]:
+    """Marks workers whose lease has lapsed. The caller holds its term."""
+    statement = (
+        "UPDATE workers SET state = 'gone', desired_state = 'gone', changed_at = clock_timestamp()"
+        " WHERE pool = :pool AND state <> 'gone' AND lease_until <= clock_timestamp() RETURNING id"
+    )
+    return list(conn.execute(text(statement), {"pool": pool}).scalars())
+
+
+def reclaim(conn: Connection, pool: str, limit: int = 2_000) -> int:
+    """Puts up to `limit` jobs of gone workers back (or to their end where one is due). Returns how many.
+
+    The caller holds its term and repeats until 0.
+    """
+    rows = conn.execute(
+        text(
+            "SELECT j.id, j.batch_id, j.worker_id FROM workers w"
+            " JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+            " WHERE w.pool = :pool AND w.state = 'gone' ORDER BY j.id LIMIT :limit"
+        ),
+        {"pool": pool, "limit": limit},
+    ).all()
+    by_worker: dict[UUID, dict[UUID, UUID]] = {}
+    for row in rows:
+        by_worker.setdefault(row.worker_id, {})[row.id] = row.batch_id
+    return sum(len(requeue(conn, worker, jobs)) for worker, jobs in sorted(by_worker.items()))
