@@ -1,0 +1,73 @@
+"""Stop strings against a real byte-level tokenizer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from medley_worker.stops import IncrementalText, StopMatch, StopMatcher
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    vocab["lo"], vocab["Ġwor"] = len(vocab), len(vocab) + 1
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], fuse_unk=False))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text).ids)
+
+
+@pytest.mark.parametrize("text", ["hello world", "naïve 日本語 🙂 done", "a🙂🙂b"])
+def test_pieces_join_to_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
+    stream = IncrementalText(tokenizer)
+    pieces = [stream.append(i) for i in ids(tokenizer, text)]
+    assert "".join(pieces) + stream.finish() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_are_not_held_back_for_ever(tokenizer: Tokenizer) -> None:
+    stream = IncrementalText(tokenizer)
+    cut = ids(tokenizer, "🙂")[0]
+    assert "".join(stream.append(cut) for _ in range(12)).count("\ufffd") >= 8
+
+
+def test_the_output_is_cut_before_the_earliest_stop_string(tokenizer: Tokenizer) -> None:
+    matcher = StopMatcher(tokenizer, ["world", "o w"])
+    assert matcher.feed(ids(tokenizer, "hello world")) == StopMatch("hell", 7)
+
+
+def test_a_stop_string_may_be_spread_over_tokens_and_feeds(tokenizer: Tokenizer) -> None:
+    tokens = ids(tokenizer, "one END two")
+    whole = StopMatcher(tokenizer, ["END"]).feed(tokens)
+    rng = random.Random(0)
+    for _ in range(20):
+        matcher = StopMatcher(tokenizer, ["END"])
+        at, match = 0, None
+        while match is None:
+            size = rng.randint(1, 4)
+            match = matcher.feed(tokens[at : at + size])
+            at += size
+        assert match == whole == StopMatch("one ", 7)
+
+
+def test_a_stop_string_within_min_tokens_does_not_count(tokenizer: Tokenizer) -> None:
+    matcher = StopMatcher(tokenizer, ["a"], min_tokens=3)
+    assert matcher.feed(ids(tokenizer, "aabcab")) == StopMatch("aabc", 5)
+
+
+def test_text_without_a_match_is_whole_after_finish(tokenizer: Tokenizer) -> None:
+    matcher = StopMatcher(tokenizer, ["zz"])
+    tokens = ids(tokenizer, "ab🙂")[:-1]
+    assert matcher.feed(tokens) is None
+    assert matcher.text == "ab"
+    assert matcher.finish() is None
+    assert matcher.text == "ab\ufffd"
+    assert matcher.num_tokens == len(tokens)

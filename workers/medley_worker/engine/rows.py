@@ -1,0 +1,156 @@
+"""Owns the rows: up to `num_rows` running sequences, each at a row index that stays its own while it runs.
+
+One numpy array a property, indexed by row, so that a step touches all its rows in a few array operations
+instead of a Python loop. Knows nothing of the waiting line, of tensors or of messages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from medley.spec.sampling import MAX_STOP, SamplingParams
+from medley_worker.engine.sequences import Logprobs, Sequence, Tokens
+
+Rows = npt.NDArray[np.int64]  # row indices
+NO_TOKEN = -1  # pads stop_ids; token ids are 0 or more, so it matches none
+
+
+def is_plain(sampling: SamplingParams) -> bool:
+    """Whether the next token is the argmax of the model's own logits."""
+    return (
+        sampling.temperature == 0.0
+        and sampling.repetition_penalty == 1.0
+        and sampling.presence_penalty == 0.0
+        and sampling.frequency_penalty == 0.0
+        and not sampling.logit_bias
+        and sampling.min_tokens == 0
+    )
+
+
+class RowTable:
+    """Rows of running sequences.
+
+    | array | who writes it |
+    | token_ids, logprobs [num_rows, max_len] | this table; [:prompt_len] is the prompt |
+    | page_table [num_rows, max_pages] | the scheduler; the first num_pages of a row are held |
+    | num_computed, is_decoding | the scheduler, through `advance` |
+    """
+
+    def __init__(self, num_rows: int, max_len: int, page_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.num_rows = num_rows
+        self.max_len = max_len
+        self.page_size = page_size
+        self.eos_token_ids = eos_token_ids
+        # np.empty maps memory lazily: what no sequence reaches costs nothing.
+        self.token_ids = np.empty((num_rows, max_len), np.int32)
+        self.logprobs = np.empty((num_rows, max_len), np.float32)
+        self.page_table = np.zeros((num_rows, -(-max_len // page_size)), np.int32)
+        self.num_pages = np.zeros(num_rows, np.int64)
+        self.num_tokens = np.zeros(num_rows, np.int64)  # prompt and output
+        self.num_computed = np.zeros(num_rows, np.int64)  # tokens whose K and V are in pages
+        self.prompt_len = np.zeros(num_rows, np.int64)
+        self.stop_len = np.zeros(num_rows, np.int64)  # num_tokens at which it ends by length
+        self.min_len = np.zeros(num_rows, np.int64)  # num_tokens up to which end tokens are masked
+        self.stop_ids = np.full((num_rows, MAX_STOP + len(eos_token_ids)), NO_TOKEN, np.int64)
+        self.is_decoding = np.zeros(num_rows, np.bool_)
+        self.is_streamed = np.zeros(num_rows, np.bool_)
+        self.is_plain = np.ones(num_rows, np.bool_)
+        self.adapter_index = np.zeros(num_rows, np.int64)  # 0: the base; else the scheduler's index of the adapter
+        self.seed = np.zeros(num_rows, np.int64)
+        self.sequences: list[Sequence | None] = [None] * num_rows
+        self._free = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_rows - len(self._free)
+
+    def acquire(self, sequence: Sequence, adapter_index: int, pages: list[int]) -> int:
+        """Give `sequence` a row, with its tokens and `pages` in it. The caller has looked at `num_free`."""
+        row = self._free.pop()
+        prompt_len, num_tokens = len(sequence.prompt), sequence.num_tokens
+        tokens = self.token_ids[row]
+        tokens[:prompt_len] = sequence.prompt
+        if num_tokens > prompt_len:
+            tokens[prompt_len:num_tokens] = sequence.output_ids
+            self.logprobs[row, prompt_len:num_tokens] = sequence.output_logprobs
+        self.page_table[row, : len(pages)] = pages
+        self.num_pages[row] = len(pages)
+        self.num_tokens[row] = num_tokens
+        self.num_computed[row] = 0
+        self.prompt_len[row] = prompt_len
+        sampling = sequence.sampling
+        self.stop_len[row] = min(prompt_len + sampling.max_tokens, self.max_len)
+        self.min_len[row] = prompt_len + sampling.min_tokens
+        self.is_decoding[row] = False
+        self.is_streamed[row] = sequence.is_streamed
+        self.is_plain[row] = is_plain(sampling)
+        self.adapter_index[row] = adapter_index
+        self.seed[row] = sequence.seed
+        ends = (() if sampling.ignore_eos else self.eos_token_ids) + sampling.stop_token_ids
+        self.stop_ids[row] = NO_TOKEN
+        if ends:
+            self.stop_ids[row, : len(ends)] = ends
+        self.sequences[row] = sequence
+        sequence.row = row
+        return row
+
+    def release(self, row: int) -> tuple[Sequence, list[int]]:
+        """Take the row back; its tokens go to the sequence. Returns the sequence and the pages it held."""
+        sequence = self.sequences[row]
+        assert sequence is not None, f"row {row} is released twice"
+        sequence.output_ids, sequence.output_logprobs = self.output(row)
+        sequence.row = None
+        pages: list[int] = self.page_table[row, : self.num_pages[row]].tolist()
+        self.num_pages[row] = 0
+        self.is_decoding[row] = False
+        self.sequences[row] = None
+        self._free.append(row)
+        return sequence, pages
+
+    def output(self, row: int) -> tuple[Tokens, Logprobs]:
+        """Copies of the tokens generated so far, with their log-probabilities."""
+        span = slice(int(self.prompt_len[row]), int(self.num_tokens[row]))
+        return self.token_ids[row, span].copy(), self.logprobs[row, span].copy()
+
+    def add_page(self, row: int, page: int) -> None:
+        self.page_table[row, self.num_pages[row]] = page
+        self.num_pages[row] += 1
+
+    def append(
+        self, rows: Rows, token_ids: npt.NDArray[np.int64], logprobs: Logprobs
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Write one new token to each of `rows`; returns per row (ended by an end token, ended by length)."""
+        at = self.num_tokens[rows]
+        self.token_ids[rows, at] = token_ids
+        self.logprobs[rows, at] = logprobs
+        at += 1
+        self.num_tokens[rows] = at
+        is_stop = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
+        if is_stop.any():
+            is_stop &= at > self.min_len[rows]
+        return is_stop, at >= self.stop_len[rows]
+
+    def held_pages(self) -> list[int]:
+        return [int(p) for row in range(self.num_rows) for p in self.page_table[row, : self.num_pages[row]]]
+
+    def check_integrity(self) -> None:
+        """Free rows hold nothing; each used row has a sequence that knows it, and pages for its K, V."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a row is free twice"
+        for row, sequence in enumerate(self.sequences):
+            if sequence is None:
+                assert row in free, f"row {row} is neither free nor used"
+                assert self.num_pages[row] == 0, f"free row {row} holds pages"
+                assert not self.is_decoding[row], f"free row {row} decodes"
+                continue
+            assert row not in free, f"row {row} is free and used"
+            assert sequence.row == row, f"the sequence of row {row} thinks it holds row {sequence.row}"
+            assert self.num_computed[row] <= self.num_pages[row] * self.page_size, f"row {row} computed past its pages"
+            assert self.num_computed[row] < self.num_tokens[row] < self.stop_len[row], f"row {row} should have ended"
+            if self.is_decoding[row]:
+                assert self.num_computed[row] == self.num_tokens[row] - 1, f"row {row} decodes with a gap"

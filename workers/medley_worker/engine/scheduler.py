@@ -1,0 +1,323 @@
+"""Decides what each step runs: decode rows first, then prompt chunks, within a token budget.
+
+Owns the waiting line, and the pairing of rows, pages and adapter pins. Plain ints and arrays; knows nothing
+of tensors, files or messages. What an adapter costs it asks of a `Residency`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from medley.spec.errors import JobError
+from medley_worker.engine.pages import PagePool
+from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
+
+
+class Residency(Protocol):
+    """Adapter memory as the scheduler sees it. `can_admit`, `load` raise Refused where there is no hope."""
+
+    def is_resident(self, key: AdapterKey) -> bool: ...
+
+    def can_admit(self, key: AdapterKey) -> bool:
+        """Whether it is resident, or fits after evicting adapters that no row uses."""
+        ...
+
+    def load(self, key: AdapterKey, sequence: Sequence) -> None: ...
+
+    def pin(self, key: AdapterKey) -> None: ...
+
+    def unpin(self, key: AdapterKey) -> None: ...
+
+    def num_adapters_in(self, plan: StepPlan) -> int:
+        """Distinct adapters among the rows of a step, the base not counted."""
+        indices = self._rows.adapter_index[plan.decode_rows]
+        if plan.chunks:
+            in_chunks = self._rows.adapter_index[[chunk.row for chunk in plan.chunks]]
+            indices = np.sort(np.concatenate([indices, in_chunks]))
+        if len(indices) == 0:
+            return 0
+        return int(np.count_nonzero(np.diff(indices))) + int(indices[0] != 0)
+
+    def set_upcoming(self, keys: Seq[AdapterKey]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start .. start + num_tokens of a row's known tokens, to be computed in this step."""
+
+    row: int
+    start: int
+    num_tokens: int
+    is_last: bool  # the next token is drawn after it
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. Decode rows and chunks are each sorted by adapter, so that segments are contiguous."""
+
+    decode_rows: Rows
+    chunks: list[Chunk] = field(default_factory=list)
+    entering: list[Sequence] = field(default_factory=list)  # admitted now and not announced before
+    failed: list[tuple[Sequence, JobError]] = field(default_factory=list)  # gone; they hold nothing any more
+    num_preempted: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.chunks and len(self.decode_rows) == 0
+
+    def sampled_rows(self) -> Rows:
+        """[R]: the rows whose next token is drawn: decode rows, then rows whose last chunk this is."""
+        if not self.chunks:
+            return self.decode_rows
+        last = [chunk.row for chunk in self.chunks if chunk.is_last]
+        return np.concatenate([self.decode_rows, np.array(last, np.int64)])
+
+
+class Scheduler:
+    """Continuous batching over `rows` and `pages`.
+
+    max_tokens: token budget of a step; at least the number of rows, so that prompts always progress.
+    """
+
+    def __init__(self, rows: RowTable, pages: PagePool, residency: Residency, *, max_tokens: int) -> None:
+        if max_tokens < rows.num_rows:
+            raise ValueError(
+                f"max_num_batched_tokens: got {max_tokens}, wanted at least max_num_seqs ({rows.num_rows})"
+            )
+        self._rows = rows
+        self._pages = pages
+        self._residency = residency
+        self._max_tokens = max_tokens
+        # Who is skipped this often, because its adapter did not fit, is passed no more: rows drain until it
+        # fits.
+        self._max_skips = 2 * rows.num_rows
+        self._look_ahead = 4 * rows.num_rows
+        self._waiting: list[Sequence] = []  # sorted by line_key
+        self._prefilling: list[int] = []  # rows, oldest first
+        self._admitted_at = np.zeros(rows.num_rows, np.int64)
+        self._num_admitted = 0
+        self._is_blocked = False  # the line was scanned in vain and nothing has been freed or added since
+        self._adapters: list[AdapterKey | None] = [None] * (rows.num_rows + 1)  # by index; 0 is the base
+        self._adapter_rows = [0] * (rows.num_rows + 1)  # rows that use it
+        self._index_of: dict[AdapterKey, int] = {}
+        self._free_indices = list(range(rows.num_rows, 0, -1))
+        self._upcoming: tuple[AdapterKey, ...] = ()
+        self._decode_order: Rows | None = None  # kept while the same rows decode
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting) or self._rows.num_used > 0
+
+    def num_adapters_in(self, plan: StepPlan) -> int:
+        """Distinct adapters among the rows of a step, the base not counted."""
+        indices = self._rows.adapter_index[plan.decode_rows]
+        if plan.chunks:
+            in_chunks = self._rows.adapter_index[[chunk.row for chunk in plan.chunks]]
+            indices = np.sort(np.concatenate([indices, in_chunks]))
+        if len(indices) == 0:
+            return 0
+        return int(np.count_nonzero(np.diff(indices))) + int(indices[0] != 0)
+
+    def adapter_of(self, index: int) -> AdapterKey | None:
+        """The adapter behind a value of `rows.adapter_index`; None for 0, the base."""
+        return self._adapters[index]
+
+    def set_upcoming(self, keys: Seq[AdapterKey]) -> None:
+        """Adapters that come after those of the waiting line, nearest first."""
+        self._upcoming = tuple(keys)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_line_key)
+        self._is_blocked = False
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take `sequence` out, wherever it is; its tokens are in it afterwards."""
+        if sequence.row is not None:
+            self.end_row(sequence.row)
+        else:
+            at = bisect_left(self._waiting, sequence.line_key, key=_line_key)
+            assert self._waiting[at] is sequence, "a sequence without row must be in the waiting line"
+            del self._waiting[at]
+            self._is_blocked = False
+
+    def end_row(self, row: int) -> Sequence:
+        """Free a row, its pages and its adapter's pin."""
+        if not self._rows.is_decoding[row]:
+            self._prefilling.remove(row)
+        self._decode_order = None
+        self._is_blocked = False
+        index = int(self._rows.adapter_index[row])
+        sequence, pages = self._rows.release(row)
+        self._pages.free(pages)
+        if index:
+            self._unpin(index)
+        return sequence
+
+    def schedule(self) -> StepPlan:
+        """What to run next. Rows, pages and pins are taken; `advance` is called when it has run."""
+        num_preempted = self._grow_decoding()
+        if self._decode_order is None:
+            decoding = np.flatnonzero(self._rows.is_decoding)
+            self._decode_order = decoding[np.argsort(self._rows.adapter_index[decoding], kind="stable")]
+        plan = StepPlan(self._decode_order, num_preempted=num_preempted)
+        budget = self._max_tokens - len(self._decode_order)
+        for row in self._prefilling:
+            if budget == 0:
+                break
+            budget -= self._add_chunk(plan, row, budget)
+        # Pages that a preemption freed are for the rows that go on, not for the one just preempted.
+        if budget and self._waiting and not self._is_blocked and not num_preempted:
+            self._admit(plan, budget)
+        if len(plan.chunks) > 1:
+            plan.chunks.sort(key=lambda chunk: int(self._rows.adapter_index[chunk.row]))
+        return plan
+
+    def advance(self, plan: StepPlan) -> None:
+        """The K, V of the step's tokens are in the pages; rows whose last chunk ran now decode."""
+        self._rows.num_computed[plan.decode_rows] += 1
+        for chunk in plan.chunks:
+            self._rows.num_computed[chunk.row] += chunk.num_tokens
+            if chunk.is_last:
+                self._rows.is_decoding[chunk.row] = True
+                self._prefilling.remove(chunk.row)
+                self._decode_order = None
+
+    def _grow_decoding(self) -> int:
+        """A page for each decode row that has none for its next token; returns how many were preempted."""
+        rows = self._rows
+        is_full = rows.is_decoding & (rows.num_computed == rows.num_pages * rows.page_size)
+        if not is_full.any():
+            return 0
+        num_preempted = 0
+        full = np.flatnonzero(is_full)
+        for row in full[np.argsort(self._admitted_at[full])].tolist():  # oldest first
+            while rows.sequences[row] is not None and self._pages.num_free == 0:
+                self._preempt()
+                num_preempted += 1
+            if rows.sequences[row] is not None:
+                rows.add_page(row, self._pages.allocate(1)[0])
+        return num_preempted
+
+    def _preempt(self) -> None:
+        """Send a row back to the line, its tokens kept: the lowest priority, of these the last admitted."""
+        victim: tuple[int, int, int] | None = None
+        for row, sequence in enumerate(self._rows.sequences):
+            if sequence is not None:
+                rank = (-sequence.priority, int(self._admitted_at[row]), row)
+                victim = rank if victim is None or rank > victim else victim
+        assert victim is not None, "pages ran out with no row running"
+        insort(self._waiting, self.end_row(victim[2]), key=_line_key)
+
+    def _add_chunk(self, plan: StepPlan, row: int, budget: int) -> int:
+        start = int(self._rows.num_computed[row])
+        left = int(self._rows.num_tokens[row]) - start
+        num_tokens = min(left, budget)
+        plan.chunks.append(Chunk(row, start, num_tokens, num_tokens == left))
+        return num_tokens
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        rows, pages = self._rows, self._pages
+        skipped: list[Sequence] = []
+        taken: list[int] = []  # positions in the line that leave it
+        for at, sequence in enumerate(self._waiting):
+            if budget == 0 or rows.num_free == 0 or at == self._look_ahead:
+                break
+            num_pages = pages.num_needed(sequence.num_tokens)
+            # Each running row wants another page soon: leave it one, so that admission forces no preemption.
+            if num_pages + rows.num_used > pages.num_free and (rows.num_used or num_pages > pages.num_free):
+                break
+            try:
+                index = self._pin(sequence)
+            except Refused as refused:
+                plan.failed.append((sequence, refused.error))
+                taken.append(at)
+                continue
+            if index is None:
+                if sequence.num_skips >= self._max_skips:
+                    break
+                skipped.append(sequence)
+                continue
+            for other in skipped:
+                other.num_skips += 1
+            row = rows.acquire(sequence, index, pages.allocate(num_pages))
+            self._admitted_at[row] = self._num_admitted
+            self._num_admitted += 1
+            self._prefilling.append(row)
+            taken.append(at)
+            if not sequence.is_announced:
+                plan.entering.append(sequence)
+            budget -= self._add_chunk(plan, row, budget)
+        self._is_blocked = not taken
+        if taken == list(range(len(taken))):
+            del self._waiting[: len(taken)]
+        else:
+            for at in reversed(taken):
+                del self._waiting[at]
+
+    def _pin(self, sequence: Sequence) -> int | None:
+        """Pin its adapter, loading it first where needed; its index, or None where it does not fit now."""
+        key = sequence.adapter
+        if key is None:
+            return 0
+        index = self._index_of.get(key)
+        if index is None:
+            if not self._residency.can_admit(key):
+                assert self._rows.num_used, "an adapter must fit when no row runs"
+                return None
+            if not self._residency.is_resident(key):
+                self._residency.set_upcoming(self._next_uses())
+                self._residency.load(key, sequence)
+            self._residency.pin(key)
+            index = self._free_indices.pop()
+            self._index_of[key] = index
+            self._adapters[index] = key
+        self._adapter_rows[index] += 1
+        return index
+
+    def _unpin(self, index: int) -> None:
+        self._adapter_rows[index] -= 1
+        if self._adapter_rows[index] == 0:
+            key = self._adapters[index]
+            assert key is not None
+            self._adapters[index] = None
+            del self._index_of[key]
+            self._free_indices.append(index)
+            self._residency.unpin(key)
+
+    def _next_uses(self) -> list[AdapterKey]:
+        near = [s.adapter for s in self._waiting[: self._look_ahead] if s.adapter is not None]
+        return list(dict.fromkeys([*near, *self._upcoming]))
+
+    def check_integrity(self) -> None:
+        """Rows, pages, pins and the line agree with each other."""
+        rows = self._rows
+        rows.check_integrity()
+        self._pages.check_integrity(rows.held_pages())
+        keys = [s.line_key for s in self._waiting]
+        assert keys == sorted(keys), "the waiting line is out of order"
+        assert all(s.row is None for s in self._waiting), "a waiting sequence holds a row"
+        running = [row for row, s in enumerate(rows.sequences) if s is not None]
+        assert sorted(self._prefilling) == [r for r in running if not rows.is_decoding[r]], "prefilling rows are lost"
+        uses: dict[AdapterKey, int] = {}
+        for row in running:
+            sequence = rows.sequences[row]
+            assert sequence is not None
+            assert self._adapters[rows.adapter_index[row]] == sequence.adapter, f"row {row} has another's adapter"
+            if sequence.adapter is not None:
+                uses[sequence.adapter] = uses.get(sequence.adapter, 0) + 1
+        assert {k: self._adapter_rows[i] for k, i in self._index_of.items()} == uses, "pins disagree with the rows"
+        assert len(self._free_indices) + len(uses) == rows.num_rows, "adapter indices are lost"
+
+
+def _line_key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.line_key
