@@ -157,9 +157,9 @@ def read_batch(conn: Connection, batch: UUID) -> Row[Any] | None:
 def list_batches(conn: Connection, *, before: UUID | None, limit: int) -> Sequence[Row[Any]]:
     """The caller's batches, newest first."""
     statement = _READ_BATCHES.format_where(
-        "(:before IS NULL OR b.id < CAST(:before AS uuid)) ORDER BY b.id DESC LIMIT :limit"
+        "(CAST(:before AS uuid) IS NULL OR b.id < CAST(:before AS uuid)) ORDER BY b.id DESC LIMIT :limit"
     )
-    return conn.execute(statement, {"before": None if before is None else str(before), "limit": limit}).all()
+    return conn.execute(statement, {"before": before, "limit": limit}).all()
 
 
 class _Select:
