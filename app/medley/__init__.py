@@ -1,0 +1,32 @@
+"""Medley: batch inference for hundreds of LoRA adapters on one base model.
+
+`import medley` gives a tenant's tools: `medley.Client` and the errors it raises.
+"""
+
+from medley.client import (
+    APIError,
+    Authentication,
+    Client,
+    Conflict,
+    Connection,
+    InvalidRequest,
+    JobEnded,
+    MedleyError,
+    NotFound,
+    Timeout,
+    TooLarge,
+)
+
+__all__ = [
+    "APIError",
+    "Authentication",
+    "Client",
+    "Conflict",
+    "Connection",
+    "InvalidRequest",
+    "JobEnded",
+    "MedleyError",
+    "NotFound",
+    "Timeout",
+    "TooLarge",
+]

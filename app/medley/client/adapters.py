@@ -1,0 +1,115 @@
+"""A tenant's adapters: upload, alone or a folder of folders at once, list, show, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from medley.client.errors import APIError, MedleyError
+from medley.client.transport import Transport
+from medley.client.types import Adapter
+from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
+from medley.spec.revisions import revision_digest
+
+PAGE = 1_000
+
+
+class _Page(msgspec.Struct):
+    adapters: list[Adapter]
+    next: str | None = None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What became of one folder: `adapter` where it is there now, `error` where it was refused."""
+
+    name: str
+    folder: Path
+    adapter: Adapter | None
+    error: MedleyError | None
+    is_skipped: bool  # the same files were there already
+
+
+class Adapters:
+    """The adapters of the key's tenant."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def add(self, name: str, folder: str | Path) -> Adapter:
+        """Uploads the PEFT folder as adapter `name`; the newest revision is what the name means from now on.
+
+        Raises InvalidRequest with every reason for a refusal, FileNotFoundError where a file is missing.
+        """
+        config, weights = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
+        with config.open("rb") as c, weights.open("rb") as w:
+            files = {
+                CONFIG_NAME: (CONFIG_NAME, c, "application/json"),
+                WEIGHTS_NAME: (WEIGHTS_NAME, w, "application/octet-stream"),
+            }
+            response = self._transport.request("PUT", f"/v1/adapters/{quote(name, safe='')}", files=files)
+        return msgspec.json.decode(response.content, type=Adapter)
+
+    def add_folder(
+        self,
+        folder: str | Path,
+        *,
+        parallel: int = 8,
+        on_upload: Callable[[Upload], None] | None = None,
+    ) -> list[Upload]:
+        """Uploads every sub-folder that holds an adapter, under the sub-folder's name, `parallel` at a time.
+
+        What is there already with the same files is skipped, so a call that was cut is simply made again. One
+        refusal does not stop the others: look at each `Upload.error`.
+        """
+        folders = sorted(p.parent for p in Path(folder).glob(f"*/{CONFIG_NAME}"))
+        if not folders:
+            raise FileNotFoundError(f"no sub-folder of {folder} holds an {CONFIG_NAME}")
+        present = {adapter.name: adapter for adapter in self.list()}
+        uploads = []
+        with ThreadPoolExecutor(max_workers=parallel) as pool:
+            futures = [pool.submit(self._upload, path, present.get(path.name)) for path in folders]
+            try:
+                for future in as_completed(futures):
+                    uploads.append(future.result())
+                    if on_upload is not None:
+                        on_upload(uploads[-1])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return sorted(uploads, key=lambda u: u.name)
+
+    def _upload(self, folder: Path, present: Adapter | None) -> Upload:
+        if present is not None and present.digest == _digest(folder):
+            return Upload(folder.name, folder, present, None, is_skipped=True)
+        try:
+            return Upload(folder.name, folder, self.add(folder.name, folder), None, is_skipped=False)
+        except APIError as error:
+            return Upload(folder.name, folder, None, error, is_skipped=False)
+
+    def list(self) -> Iterator[Adapter]:
+        """Every adapter of the tenant, by name."""
+        after: str | None = None
+        while True:
+            page = self._transport.get(_Page, "/v1/adapters", {"after": after, "limit": PAGE})
+            yield from page.adapters
+            if page.next is None:
+                return
+            after = page.next
+
+    def get(self, name: str) -> Adapter:
+        return self._transport.get(Adapter, f"/v1/adapters/{quote(name, safe='')}")
+
+    def delete(self, name: str) -> None:
+        """Hides the adapter from new jobs; jobs that name it already run to their end."""
+        self._transport.request("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+
+
+def _digest(folder: Path) -> str:
+    with (folder / WEIGHTS_NAME).open("rb") as weights:
+        return revision_digest((folder / CONFIG_NAME).read_bytes(), weights)

@@ -1,0 +1,100 @@
+"""A batch as its submitter holds it: counts, flags, and its results in the order in which they were committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Self
+
+from medley.client.errors import Timeout
+from medley.client.transport import Transport
+from medley.client.types import BatchStatus, Result, ResultPage
+
+WAIT_S = 20.0  # how long one request waits at the service for more results
+PAGE = 1_000  # results a request
+
+
+class Batch:
+    """A submitted batch. `status` is what was last heard of it."""
+
+    def __init__(self, transport: Transport, status: BatchStatus) -> None:
+        self._transport = transport
+        self.status = status
+
+    @property
+    def id(self) -> str:
+        return self.status.id
+
+    @property
+    def job_ids(self) -> tuple[str, ...] | None:
+        """The jobs' ids in the order submitted; None for a batch of more than 10,000."""
+        return self.status.job_ids
+
+    def refresh(self) -> BatchStatus:
+        """Asks how the batch stands."""
+        self.status = self._transport.get(BatchStatus, f"/v1/batches/{self.id}")
+        return self.status
+
+    def results(
+        self,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        include_tokens: bool = False,
+        timeout: float | None = None,
+        on_page: Callable[[ResultPage], None] | None = None,
+    ) -> Iterator[Result]:
+        """Each ended job once, as they end. `after` is the `seq` of the last one already seen, to go on from there.
+
+        follow: wait for jobs that have not ended; else stop at what there is. on_page: called with each page, an
+        empty one too (a progress bar's tick). Raises Timeout where `timeout` seconds pass without the end.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if deadline is not None and time.monotonic() > deadline:
+                raise Timeout(f"batch {self.id} has not finished after {timeout:g} s")
+            params = {
+                "after": after,
+                "limit": PAGE,
+                "wait": WAIT_S if follow and on_page is None else 1.0 if follow else None,
+                "include": "tokens" if include_tokens else None,
+            }
+            page = self._transport.get(ResultPage, f"/v1/batches/{self.id}/results", params)
+            yield from page.results
+            after = page.next
+            if on_page is not None:
+                on_page(page)
+            if page.finished or (not follow and not page.results):
+                return
+
+    def wait(self, timeout: float | None = None) -> BatchStatus:
+        """Returns once every job has ended. Raises Timeout after `timeout` seconds."""
+        for _ in self.results(after=self.refresh().last_seq, timeout=timeout):
+            pass
+        return self.refresh()
+
+    def cancel(self) -> BatchStatus:
+        """Ends what waits and stops what runs; finished results are kept."""
+        return self._act("cancel")
+
+    def pause(self) -> BatchStatus:
+        """Holds what waits, and puts back what runs with the tokens it has."""
+        return self._act("pause")
+
+    def resume(self) -> BatchStatus:
+        return self._act("resume")
+
+    def _act(self, verb: str) -> BatchStatus:
+        self.status = self._transport.post(BatchStatus, f"/v1/batches/{self.id}/{verb}")
+        return self.status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.cancel()
+
+    def __repr__(self) -> str:
+        counts = self.status.counts
+        return f"<{type(self).__name__} {self.id} {self.status.state} {counts.ended}/{counts.total}>"

@@ -1,0 +1,179 @@
+"""What the service answers, as typed values. Times are aware datetimes, durations seconds."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job has no result."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A job's result. `logprobs[i]` is the log-probability of `token_ids[i]` under the model, before sampling."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage = Usage()
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as it stands."""
+
+    id: str
+    batch_id: str
+    state: str
+    custom_id: str | None = None
+    adapter: str | None = None
+    revision: str | None = None
+    attempt: int = 0
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+    seq: int | None = None
+    retry_of: str | None = None
+    result: Completion | None = None
+    error: Failure | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in ("queued", "leased")
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One ended job of a batch, as the results cursor gives it; `seq` is its place in the order of ends."""
+
+    seq: int
+    id: str
+    state: str
+    custom_id: str | None = None
+    adapter: str | None = None
+    prompt_idx: int | None = None
+    seed: int | None = None
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    finish_reason: str | None = None
+    usage: Usage = Usage()
+    error: Failure | None = None
+    finished_at: datetime | None = None
+
+
+class ResultPage(msgspec.Struct, frozen=True, kw_only=True):
+    results: tuple[Result, ...]
+    next: int
+    finished: bool
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    total: int
+    queued_or_running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    expired: int
+
+    @property
+    def ended(self) -> int:
+        return self.total - self.queued_or_running
+
+
+class SweepShape(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    num_prompts: int
+    num_columns: int
+    num_expanded: int
+
+
+class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch as it stands; `sweep` where the service made it from prompts x adapters."""
+
+    id: str
+    state: str
+    counts: Counts
+    usage: Usage
+    name: str | None = None
+    priority: str = "normal"
+    deadline_at: datetime | None = None
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+    last_seq: int = 0
+    sweep: SweepShape | None = None
+    job_ids: tuple[str, ...] | None = None
+
+    @property
+    def has_finished(self) -> bool:
+        return self.finished_at is not None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter with its newest revision."""
+
+    name: str
+    full_name: str
+    revision: str
+    digest: str
+    max_rank: int
+    size_bytes: int
+    state: str
+    num_revisions: int = 1
+    created_at: datetime | None = None
+
+
+class ReportColumn(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter of a sweep (None: the base): exact matches over scored prompts, with a 95 % Wilson interval.
+
+    The base's figures beside an adapter are over that adapter's own prompts.
+    """
+
+    adapter: str | None
+    ended: int
+    succeeded: int
+    unsuccessful: int
+    scored: int
+    correct: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    base_scored: int
+    base_correct: int
+    base_accuracy: float | None
+    completion_tokens: int
+
+
+class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
+    sweep: BatchStatus
+    columns: tuple[ReportColumn, ...]
+
+    @property
+    def adapters(self) -> tuple[ReportColumn, ...]:
+        return tuple(c for c in self.columns if c.adapter is not None)
+
+    @property
+    def base(self) -> ReportColumn | None:
+        return next((c for c in self.columns if c.adapter is None), None)
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker of the pool; `stats` are its engine's totals since it started."""
+
+    id: str
+    state: str
+    desired_state: str
+    max_num_seqs: int
+    num_leased: int
+    num_resident: int = 0
+    stats: dict[str, Any] = {}
