@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Self
 
 from medley.client.errors import Timeout
@@ -35,35 +35,29 @@ class Batch:
         self.status = self._transport.get(BatchStatus, f"/v1/batches/{self.id}")
         return self.status
 
+    def page(self, *, after: int = 0, wait: float | None = None, include_tokens: bool = False) -> ResultPage:
+        """Up to 1,000 results after `after`; waits up to `wait` seconds for the first of them."""
+        include = "tokens" if include_tokens else None
+        params = {"after": after, "limit": PAGE, "wait": wait, "include": include}
+        return self._transport.get(ResultPage, f"/v1/batches/{self.id}/results", params)
+
     def results(
-        self,
-        *,
-        after: int = 0,
-        follow: bool = True,
-        include_tokens: bool = False,
-        timeout: float | None = None,
-        on_page: Callable[[ResultPage], None] | None = None,
+        self, *, after: int = 0, follow: bool = True, include_tokens: bool = False, timeout: float | None = None
     ) -> Iterator[Result]:
         """Each ended job once, as they end. `after` is the `seq` of the last one already seen, to go on from there.
 
-        follow: wait for jobs that have not ended; else stop at what there is. on_page: called with each page, an
-        empty one too (a progress bar's tick). Raises Timeout where `timeout` seconds pass without the end.
+        follow: wait for jobs that have not ended; else stop at what there is. Raises Timeout where `timeout`
+        seconds pass without the end.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if deadline is not None and time.monotonic() > deadline:
+            left = WAIT_S if deadline is None else deadline - time.monotonic()
+            if left <= 0:
                 raise Timeout(f"batch {self.id} has not finished after {timeout:g} s")
-            params = {
-                "after": after,
-                "limit": PAGE,
-                "wait": WAIT_S if follow and on_page is None else 1.0 if follow else None,
-                "include": "tokens" if include_tokens else None,
-            }
-            page = self._transport.get(ResultPage, f"/v1/batches/{self.id}/results", params)
+            wait = round(min(WAIT_S, left), 3) if follow else None
+            page = self.page(after=after, wait=wait, include_tokens=include_tokens)
             yield from page.results
             after = page.next
-            if on_page is not None:
-                on_page(page)
             if page.finished or (not follow and not page.results):
                 return
 

@@ -1,0 +1,123 @@
+"""`medley submit`, `status`, `results`, `cancel`: jobs and batches from a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medley.cli.progress import follow
+from medley.cli.service import Session, fail, sampling_options, service_command
+from medley.client import Batch, JobEnded, Result
+from medley.client.files import write_jsonl, write_parquet
+from medley.client.types import BatchStatus
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "path", type=click.Path(exists=True, dir_okay=False), help="A JSONL file, a job a line.")
+@click.option("--adapter", help="The adapter's name; the base model where none is given.")
+@click.option("--name", help="A label for the batch.")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]))
+@click.option("--wait/--no-wait", default=None, help="Wait for the result (default for a single prompt).")
+@sampling_options
+@service_command
+def submit(session: Session, prompt: str | None, path: str | None, sampling: dict[str, Any], **options: Any) -> None:
+    """Submit a PROMPT, or a file of jobs, and print the result or the batch's id."""
+    wait = options.pop("wait")
+    if (prompt is None) == (path is None):
+        raise click.UsageError("give either a PROMPT or --file")
+    with session.client() as client:
+        if prompt is not None:
+            name = options.pop("name")
+            if name is not None:
+                raise click.UsageError("--name labels a batch; a single prompt has none")
+            job = client.submit(prompt, **options, **sampling)
+            if wait is False:
+                session.show(job.status, job.id)
+                return
+            try:
+                completion = job.result()
+            except JobEnded as error:
+                fail(str(error))
+            session.show(job.status, completion.text)
+            return
+        batch = client.submit_file(str(path), **options, **sampling)
+        if wait:
+            follow(batch.id, batch)
+            batch.refresh()
+        session.show(batch.status, _describe(batch.status) if wait else batch.id)
+
+
+@click.command()
+@click.argument("target", required=False)
+@service_command
+def status(session: Session, target: str | None) -> None:
+    """Show how a job, a batch or a sweep stands; without TARGET, the newest batches."""
+    with session.client() as client:
+        if target is None:
+            headers = ("id", "name", "state", "done", "total", "failed", "created")
+            session.show_rows(client.batches(), headers, _batch_row)
+        elif target.startswith("job_"):
+            job = client.job(target).status
+            session.show(job, f"{job.id}\t{job.state}" + (f"\t{job.error.code}" if job.error else ""))
+        else:
+            batch = _find(client, target).status
+            session.show(batch, _describe(batch))
+
+
+@click.command()
+@click.argument("batch_id")
+@click.option("--after", default=0, show_default=True, help="Go on after this result number (seq).")
+@click.option("--follow/--no-follow", "is_followed", default=True, help="Wait for what has not ended yet.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write .jsonl or .parquet here.")
+@service_command
+def results(session: Session, batch_id: str, after: int, is_followed: bool, output: Path | None) -> None:
+    """Print the results of a batch or a sweep as they finish, each once."""
+    with session.client() as client:
+        batch = _find(client, batch_id)
+        stream = batch.results(after=after, follow=is_followed)
+        if output is None:
+            session.show_rows(stream, ("seq", "custom_id", "adapter", "state", "text"), _result_row)
+            return
+        if output.suffix not in (".jsonl", ".parquet"):
+            raise click.BadParameter(f"got {output.name!r}, wanted a name in .jsonl or .parquet", param_hint="--output")
+        write = write_parquet if output.suffix == ".parquet" else write_jsonl
+        count = write(output, stream)
+        session.show({"path": str(output), "results": count}, f"{count} results in {output}")
+
+
+@click.command()
+@click.argument("target")
+@service_command
+def cancel(session: Session, target: str) -> None:
+    """Cancel a job, a batch or a sweep; what has finished is kept."""
+    with session.client() as client:
+        status = client.cancel(target)
+        session.show(status, f"{status.id}\t{status.state}")
+
+
+def _find(client: Any, target: str) -> Batch:
+    return client.batch(target) if target.startswith("batch_") else client.get_sweep(target)  # type: ignore[no-any-return]
+
+
+def _describe(batch: BatchStatus) -> str:
+    c = batch.counts
+    return (
+        f"{batch.id}\t{batch.state}\t{c.ended}/{c.total} ended: {c.succeeded} succeeded, {c.failed} failed,"
+        f" {c.cancelled} cancelled, {c.expired} expired;"
+        f" {batch.usage.prompt_tokens} + {batch.usage.completion_tokens} tokens"
+    )
+
+
+def _batch_row(batch: BatchStatus) -> tuple[str, ...]:
+    c = batch.counts
+    name = batch.sweep.name if batch.sweep else batch.name or ""
+    created = batch.created_at.isoformat(timespec="seconds") if batch.created_at else ""
+    return batch.id, name, batch.state, str(c.ended), str(c.total), str(c.failed), created
+
+
+def _result_row(result: Result) -> tuple[str, ...]:
+    text = result.text if result.error is None else f"{result.error.code}: {result.error.message}"
+    return str(result.seq), result.custom_id or "", result.adapter or "(base)", result.state, text or ""

@@ -1,0 +1,74 @@
+"""A live bar of a batch: share done, rate, time left. On a terminal a bar, elsewhere a plain line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+from medley.cli.service import err
+from medley.client import Batch, Result
+
+LINE_S = 5.0  # seconds between plain lines
+
+
+class _Rate(TextColumn):
+    def render(self, task: RichTask) -> Text:
+        return Text(f"{task.speed or 0:,.0f}/s", style="cyan")
+
+
+@contextmanager
+def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes how many are done."""
+    if not err.is_terminal:
+        yield _plain(label, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(""),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _plain(label: str, total: int) -> Callable[[int], None]:
+    started = time.monotonic()
+    shown_at = [started]
+
+    def show(done: int) -> None:
+        now = time.monotonic()
+        if done < total and now - shown_at[0] < LINE_S:
+            return
+        shown_at[0] = now
+        rate = done / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        click.echo(f"{label}: {done}/{total} ({rate:,.0f}/s{left})", err=True)
+
+    return show
+
+
+def follow(label: str, *batches: Batch) -> list[list[Result]]:
+    """Waits for the batches together under one bar. Returns the results of each, in the order of their ends."""
+    found: list[list[Result]] = [[] for _ in batches]
+    after = [0] * len(batches)
+    running = list(range(len(batches)))
+    with bar(label, sum(b.status.counts.total for b in batches)) as show:
+        while running:
+            for i in tuple(running):
+                page = batches[i].page(after=after[i], wait=1.0 / len(running))
+                found[i] += page.results
+                after[i] = page.next
+                if page.finished:
+                    running.remove(i)
+                show(sum(map(len, found)))
+    return found

@@ -1,0 +1,123 @@
+"""How a command reaches the service, and how it shows what it got: shared by every command of a tenant.
+
+A terminal gets tables and bars (rich), a pipe plain lines, and `--json` one JSON value a line everywhere. Results go
+to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from medley.client import Client, MedleyError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Session:
+    """What the common options of a command amount to."""
+
+    def __init__(self, url: str, api_key: str | None, as_json: bool) -> None:
+        self.as_json = as_json
+        self._url = url
+        self._api_key = api_key
+
+    def client(self) -> Client:
+        if not self._api_key:
+            raise click.UsageError(
+                "no API key: give --api-key or set MEDLEY_API_KEY (`medley tenants add NAME` makes one)"
+            )
+        return Client(self._url, self._api_key)
+
+    def show(self, value: object, text: str) -> None:
+        """One value: as JSON, or as `text`."""
+        if self.as_json:
+            sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+        else:
+            click.echo(text)
+
+    def show_rows(self, values: Iterable[object], headers: Sequence[str], row: Callable[[Any], Sequence[str]]) -> None:
+        """Many values: a JSON line each, a table on a terminal, tab-separated lines in a pipe."""
+        if self.as_json:
+            for value in values:
+                sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+        elif out.is_terminal:
+            table = Table(*headers, box=None, header_style="bold")
+            for value in values:
+                table.add_row(*(cell.replace("[", "\\[") for cell in row(value)))
+            out.print(table)
+        else:
+            click.echo("\t".join(headers))
+            for value in values:
+                click.echo("\t".join(cell.replace("\t", " ").replace("\n", "\\n") for cell in row(value)))
+
+
+def service_command(command: F) -> F:
+    """Adds --url, --api-key and --json, passes a `Session`, and turns the client's errors into one line and exit 1."""
+
+    @click.option("--url", envvar="MEDLEY_URL", default="http://127.0.0.1:8765", show_default=True, help="The service.")
+    @click.option("--api-key", envvar="MEDLEY_API_KEY", help="A tenant's key (or MEDLEY_API_KEY).")
+    @click.option("--json", "as_json", is_flag=True, help="JSON, one value a line.")
+    @functools.wraps(command)
+    def wrapped(url: str, api_key: str | None, as_json: bool, **options: Any) -> Any:
+        try:
+            return command(Session(url, api_key, as_json), **options)
+        except MedleyError as error:
+            fail(str(error))
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone, as `head` does
+            raise SystemExit(0) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def fail(message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    raise SystemExit(1)
+
+
+_SAMPLING: tuple[tuple[str, Any, str], ...] = (
+    ("--max-tokens", int, "Tokens to generate at the most."),
+    ("--min-tokens", int, "Tokens before an end is heeded."),
+    ("--temperature", float, "0 takes the most likely token."),
+    ("--top-k", int, "Draw from the k most likely."),
+    ("--top-p", float, "Draw from the smallest set of this mass."),
+    ("--min-p", float, "Draw from tokens of at least this share of the likeliest."),
+    ("--repetition-penalty", float, "Over 1 discourages tokens seen before."),
+    ("--presence-penalty", float, "Taken once from tokens of the output."),
+    ("--frequency-penalty", float, "Taken for each time a token is in the output."),
+    ("--seed", int, "Makes drawn tokens repeatable."),
+)
+
+
+def sampling_options(command: F) -> F:
+    """Adds the sampling fields as options, passed on as one dict `sampling` of those given."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        names = [flag.removeprefix("--").replace("-", "_") for flag, _, _ in _SAMPLING]
+        sampling = {name: options.pop(name) for name in names if options.get(name) is not None}
+        for name in names:
+            options.pop(name, None)
+        if stop := options.pop("stop"):
+            sampling["stop"] = list(stop)
+        if options.pop("ignore_eos"):
+            sampling["ignore_eos"] = True
+        return command(*args, sampling=sampling, **options)
+
+    decorated: Any = wrapped
+    decorated = click.option("--ignore-eos", is_flag=True, help="Go on past the model's end.")(decorated)
+    decorated = click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated.")(decorated)
+    for flag, kind, help_text in reversed(_SAMPLING):
+        decorated = click.option(flag, type=kind, help=help_text)(decorated)
+    return decorated  # type: ignore[no-any-return]

@@ -1,0 +1,82 @@
+"""`medley sweep`: prompts x adapters as one durable job, followed to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from medley.cli.progress import follow
+from medley.cli.service import Session, sampling_options, service_command
+from medley.client.types import ReportColumn, SweepReport
+
+HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.option("--adapters", "patterns", multiple=True, help='Names and patterns, such as "acme/*"; may be repeated.')
+@click.option("--include-base", is_flag=True, help="Run the base model as well.")
+@click.option("--seeds", help="Seeds, separated by commas: every cell once with each.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Follow the sweep to its end.")
+@click.option("--report", "is_report", is_flag=True, help="Only print the report of what has ended.")
+@sampling_options
+@service_command
+def sweep(session: Session, name: str, prompts: Path | None, patterns: Sequence[str], **options: Any) -> None:
+    """Run PROMPTS (JSONL: prompt, expected, custom_id) over adapters as sweep NAME; the same again resumes it."""
+    with session.client() as client:
+        if options["is_report"] or prompts is None:
+            show_report(session, client.get_sweep(name).report())
+            return
+        if not patterns:
+            raise click.UsageError('which adapters? give --adapters, for example --adapters "*"')
+        seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
+        handle = client.sweep(
+            name,
+            _read_prompts(prompts),
+            adapters=patterns,
+            include_base=options["include_base"],
+            seeds=seeds,
+            **options["sampling"],
+        )
+        if not options["wait"]:
+            session.show(handle.status, handle.id)
+            return
+        follow(name, handle)
+        show_report(session, handle.report())
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+            except msgspec.DecodeError as error:
+                raise click.BadParameter(f"line {number} of {path.name}: {error}", param_hint="PROMPTS") from error
+    return rows
+
+
+def show_report(session: Session, report: SweepReport) -> None:
+    """The report as a table, an adapter a row, the base last."""
+    columns = [*report.adapters, *([report.base] if report.base else [])]
+    session.show_rows(columns, HEADERS, report_row)
+
+
+def report_row(column: ReportColumn) -> tuple[str, ...]:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.1%}"
+
+    interval = f"{percent(column.low)} to {percent(column.high)}" if column.low is not None else "-"
+    return (
+        column.adapter or "(base)",
+        f"{column.correct}/{column.scored}",
+        percent(column.accuracy),
+        interval,
+        percent(column.base_accuracy),
+        str(column.unsuccessful),
+    )
