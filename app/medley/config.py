@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ SECRET_KEYS = frozenset(
         "MEDLEY_WORK_PASSWORD",
     }
 )
+LOG_FORMATS = frozenset({"line", "bare", "json"})
 
 T = TypeVar("T")
 
@@ -66,7 +68,6 @@ class WorkerSettings:
     forward: str = "model"  # "null" replaces the forward pass, to measure all that is around it
     seed: int = 0
     starts_asleep: bool = True  # asleep until the dispatcher wakes it: the model is not loaded
-    num_threads: int | None = None  # of torch on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,8 @@ class Settings:
             limits=_limits(read),
             worker=_worker(read),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
-            log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, {"line", "bare", "json"}),
-            log_level=read.choice(
-                "MEDLEY_LOG_LEVEL", defaults.log_level, {"debug", "info", "warning", "error"}
-            ),
+            log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
+            log_level=read.choice("MEDLEY_LOG_LEVEL", defaults.log_level, {"debug", "info", "warning", "error"}),
         )
 
 
@@ -121,6 +120,12 @@ def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | Non
     if read.text("MEDLEY_DATABASE_URL") is None:
         return None
     return read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"})
+
+
+def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
+    """MEDLEY_LOG_FORMAT alone, for commands that run once."""
+    read = _Reader(os.environ if environ is None else environ)
+    return read.choice("MEDLEY_LOG_FORMAT", "line", LOG_FORMATS)
 
 
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -172,7 +177,6 @@ def _worker(read: _Reader) -> WorkerSettings:
         forward=read.choice("MEDLEY_FORWARD", default.forward, {"model", "null"}),
         seed=read.whole("MEDLEY_SEED", default.seed, low=0),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
-        num_threads=read.optional_whole("MEDLEY_NUM_THREADS", low=1),
     )
 
 
@@ -196,7 +200,7 @@ class _Reader:
             raise ConfigError(key, value, wanted)
         return value
 
-    def choice(self, key: str, default: str, allowed: set[str]) -> str:
+    def choice(self, key: str, default: str, allowed: AbstractSet[str]) -> str:
         value = self.text(key) or default
         if value not in allowed:
             raise ConfigError(key, value, "one of " + ", ".join(sorted(allowed)))

@@ -29,9 +29,7 @@ class EmbeddedServers:
     `servers.database_url(role)` and `servers.redis_url` tell where they are.
     """
 
-    def __init__(
-        self, data: DataDir, *, durable: bool = True, owner_may_create_databases: bool = False
-    ) -> None:
+    def __init__(self, data: DataDir, *, durable: bool = True, owner_may_create_databases: bool = False) -> None:
         self.data = data
         account = server_account(data)
         binaries = find_binaries(data, account)

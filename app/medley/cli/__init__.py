@@ -1,0 +1,72 @@
+"""The command `medley`. Each subcommand's module is loaded only when that subcommand runs.
+
+So the base install, which holds the client alone, has a working command line, and a server process imports
+nothing that it does not use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, cast
+
+import click
+
+from medley.config import ConfigError
+
+# name: (where, what it says in `medley --help`), in that order.
+COMMANDS = {
+    "submit": ("medley.cli.jobs:submit", "Submit prompts and print their ids."),
+    "status": ("medley.cli.jobs:status", "Show a job, a batch or a sweep."),
+    "results": ("medley.cli.jobs:results", "Print results as they finish."),
+    "cancel": ("medley.cli.jobs:cancel", "Cancel a job, a batch or a sweep."),
+    "adapters": ("medley.cli.adapters:adapters", "Add, list and show adapters."),
+    "sweep": ("medley.cli.sweep:sweep", "Run prompts over many adapters and report per adapter."),
+    "demo": ("medley.cli.demo:demo", "Run a bulk evaluation over the demo's adapters, servers included."),
+    "up": ("medley.cli.up:up", "Run everything on this machine."),
+    "tenants": ("medley.cli.tenants:tenants", "Add tenants and make their API keys."),
+    "migrate": ("medley.cli.processes:migrate", "Bring the database to the newest schema."),
+    "api": ("medley.cli.processes:api", "Run the HTTP API."),
+    "dispatcher": ("medley.cli.processes:dispatcher", "Run the dispatcher."),
+    "tasks": ("medley.cli.processes:tasks", "Run the worker of CPU tasks."),
+    "worker": ("medley.cli.processes:worker", "Run a GPU worker."),
+    "health": ("medley.cli.processes:health", "Say whether the process in this container is well."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose members are named in `COMMANDS` and imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*COMMANDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        try:
+            return cast(click.Command, getattr(importlib.import_module(module), attribute))
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing == "medley":
+                raise
+            raise click.ClickException(
+                f"`medley {cmd_name}` needs the package {missing}: pip install 'medley[local,worker]'"
+            ) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """From the table: help imports nothing."""
+        rows = [(name, text) for name, (_, text) in COMMANDS.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="medley")
+def main() -> None:
+    """Batch inference for hundreds of LoRA adapters on one base model."""

@@ -1,0 +1,106 @@
+"""One command a process: what each row of the table of processes starts.
+
+Each reads its configuration from the environment, sets up its logs and calls its one entry point.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import os
+import socket
+import sys
+
+import click
+
+from medley import logs
+from medley.config import ConfigError, Settings, database_url_from_env, log_format_from_env
+from medley.health import is_alive
+from medley.local.processes import Health, process
+
+# Requests that are still answered when the API is asked to stop; long polls are cut at this point.
+_API_DRAIN_S = 5
+
+
+@click.command()
+def api() -> None:
+    """Run the HTTP API (as medley_api)."""
+    import uvicorn
+
+    from medley.api.app import create_app
+
+    settings = Settings.from_env()
+    logs.configure("api", settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_API_DRAIN_S,
+    )
+    sockets = None if settings.listen_fd is None else [socket.socket(fileno=settings.listen_fd)]
+    uvicorn.Server(config).run(sockets=sockets)
+
+
+@click.command()
+def dispatcher() -> None:
+    """Run the dispatcher (as medley_work)."""
+    from medley.dispatcher.loop import run
+
+    settings = Settings.from_env()
+    logs.configure("dispatcher", settings)
+    run(settings)
+
+
+@click.command()
+def tasks() -> None:
+    """Run the Celery worker of CPU tasks (as medley_work)."""
+    from medley.tasks.worker import run
+
+    settings = Settings.from_env()
+    logs.configure("tasks", settings)
+    run(settings)
+
+
+@click.command()
+def worker() -> None:
+    """Run a GPU worker (as medley_work); it needs the package medley_worker."""
+    settings = Settings.from_env()
+    if settings.model is None:
+        raise ConfigError("MEDLEY_MODEL", None, "the folder of the base model")
+    if importlib.util.find_spec("medley_worker") is None:
+        raise click.ClickException("medley_worker is not installed: pip install 'medley[worker]'")
+    # By name and in its place: the control plane never imports the data plane.
+    os.execv(sys.executable, [sys.executable, "-m", "medley_worker.shell"])
+
+
+@click.command()
+def migrate() -> None:
+    """Bring the database to the newest schema (as medley_owner)."""
+    from medley.db.migrate import upgrade
+
+    url = database_url_from_env()
+    if url is None:
+        raise ConfigError("MEDLEY_DATABASE_URL", None, "the URL of the role medley_owner")
+    logs.configure("migrate", format=log_format_from_env())
+    upgrade(url)
+
+
+@click.command()
+@click.argument("name")
+def health(name: str) -> None:
+    """Exit with status 0 where the process NAME of this container is well."""
+    settings = Settings.from_env()
+    try:
+        spec = process(name)
+    except KeyError:
+        raise click.BadParameter(f"no process {name}", param_hint="NAME") from None
+    if spec.health is Health.HTTP:
+        connection = http.client.HTTPConnection("127.0.0.1", settings.port, timeout=5)
+        connection.request("GET", "/readyz")
+        well = connection.getresponse().status == 200
+    else:
+        well = settings.health_file is not None and is_alive(settings.health_file)
+    raise SystemExit(0 if well else 1)
