@@ -1,0 +1,1 @@
+"""One command a figure. Each writes `results/<machine>-<what>.json`: machine, date, versions, command, rows."""

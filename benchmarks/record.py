@@ -1,0 +1,52 @@
+"""The form of a result: machine, date, versions, command, rows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "celery", "redis", "sqlalchemy", "psycopg", "fastapi", "uvicorn")
+
+
+def machine() -> str:
+    """A short name of this machine's kind: cores and processor family."""
+    return f"{os.cpu_count()}core-{platform.machine()}"
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def write(what: str, command: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> Path:
+    """Writes `results/<machine>-<what>.json` and returns its path."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = platform.python_version()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    document = {
+        "what": what,
+        "machine": {"name": machine(), "processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory)},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": versions,
+        "command": command,
+        "notes": list(notes),
+        "rows": list(rows),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{machine()}-{what}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
