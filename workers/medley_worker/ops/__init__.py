@@ -1,0 +1,1 @@
+"""Typed functions over tensors: what decoders are made of, with a CPU twin for each kernel. Shapes, no requests."""
