@@ -34,16 +34,6 @@ class Residency(Protocol):
 
     def unpin(self, key: AdapterKey) -> None: ...
 
-    def num_adapters_in(self, plan: StepPlan) -> int:
-        """Distinct adapters among the rows of a step, the base not counted."""
-        indices = self._rows.adapter_index[plan.decode_rows]
-        if plan.chunks:
-            in_chunks = self._rows.adapter_index[[chunk.row for chunk in plan.chunks]]
-            indices = np.sort(np.concatenate([indices, in_chunks]))
-        if len(indices) == 0:
-            return 0
-        return int(np.count_nonzero(np.diff(indices))) + int(indices[0] != 0)
-
     def set_upcoming(self, keys: Seq[AdapterKey]) -> None: ...
 
 

@@ -1,0 +1,306 @@
+"""The engine as a real process at the end of a socketpair."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import msgspec
+import pytest
+
+from medley.spec.errors import ErrorCode
+from medley.spec.jobs import Checkpoint, FinishReason
+from medley.spec.sampling import SamplingParams
+from medley.spec.wire import (
+    Abort,
+    AdapterRef,
+    Add,
+    EngineConfig,
+    EngineStats,
+    Finished,
+    FrameReader,
+    FromEngine,
+    JobKey,
+    Progress,
+    Ready,
+    Release,
+    Released,
+    Running,
+    Shutdown,
+    ToEngine,
+    WorkItem,
+    encode_frame,
+    from_engine_decoder,
+)
+from medley_worker.engine.outbox import Outbox
+
+START_S = 60.0  # importing torch on a busy machine
+
+
+class Shell:
+    """The other end: starts an engine process, talks to it, keeps what it said."""
+
+    def __init__(self, config: EngineConfig, failpoint: str | None = None) -> None:
+        self.connection, theirs = socket.socketpair()
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        if failpoint is not None:
+            environment["MEDLEY_ENGINE_FAILPOINT"] = failpoint
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "medley_worker.engine.process", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
+        theirs.close()
+        self.reader = FrameReader()
+        self.said: list[FromEngine] = []
+        body = msgspec.msgpack.encode(config)
+        self.connection.sendall(len(body).to_bytes(4, "little") + body)
+
+    def send(self, message: ToEngine) -> None:
+        self.connection.sendall(encode_frame(message))
+
+    def listen(self, until: Callable[[list[FromEngine]], bool], timeout_s: float = START_S) -> list[FromEngine]:
+        """Read until `until(said)` holds; fails at the deadline or when the engine has gone before."""
+        deadline = time.monotonic() + timeout_s
+        while not until(self.said):
+            self.connection.settimeout(max(0.01, deadline - time.monotonic()))
+            data = self.connection.recv(1 << 20)
+            assert data, f"the engine ended; it had said {self.said}"
+            self.said += [from_engine_decoder.decode(body) for body in self.reader.feed(data)]
+        return self.said
+
+    def listen_to_end(self) -> list[FromEngine]:
+        self.connection.settimeout(START_S)
+        while data := self.connection.recv(1 << 20):
+            self.said += [from_engine_decoder.decode(body) for body in self.reader.feed(data)]
+        return self.said
+
+    def finished(self) -> dict[JobKey, Finished]:
+        return {m.key: m for m in self.said if isinstance(m, Finished)}
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.wait(timeout=10)
+
+
+def has(kind: type[FromEngine], count: int = 1) -> Callable[[list[FromEngine]], bool]:
+    return lambda said: sum(isinstance(m, kind) for m in said) >= count
+
+
+def item(
+    prompt: tuple[int, ...] = (5, 6, 7),
+    *,
+    max_tokens: int = 4,
+    adapter: AdapterRef | None = None,
+    checkpoint: Checkpoint | None = None,
+    want_progress: bool = False,
+) -> WorkItem:
+    return WorkItem(
+        key=JobKey(uuid4(), 1),
+        prompt_token_ids=prompt,
+        adapter=adapter,
+        sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1),
+        checkpoint=checkpoint,
+        want_progress=want_progress,
+    )
+
+
+@pytest.fixture
+def start(tiny_model: Path) -> Iterator[Callable[..., Shell]]:
+    shells: list[Shell] = []
+
+    def make(failpoint: str | None = None, **config: object) -> Shell:
+        fields: dict[str, object] = {"model_dir": str(tiny_model), "max_num_seqs": 4, "max_model_len": 128}
+        shell = Shell(msgspec.convert(fields | config, EngineConfig), failpoint)
+        shells.append(shell)
+        shell.listen(has(Ready))
+        return shell
+
+    yield make
+    for shell in shells:
+        shell.close()
+
+
+def test_jobs_good_and_bad_each_get_one_answer(start: Callable[..., Shell], tmp_path: Path) -> None:
+    shell = start()
+    nowhere = AdapterRef(uuid4(), uuid4(), str(tmp_path / "gone"))
+    good, long = item(), item((1,) * 128)
+    outside, lost = item((1, 10**9)), item(adapter=nowhere)
+    huge = item((1, 2**64 - 1))
+    shell.send(Add(items=(good, long, outside, lost, huge)))
+    shell.listen(has(Finished, 5))
+    answers = shell.finished()
+    assert answers[good.key].error is None
+    assert answers[good.key].finish_reason is FinishReason.LENGTH
+    assert len(answers[good.key].token_ids) == len(answers[good.key].logprobs) == 4
+    codes = {key: answers[key].error for key in (long.key, outside.key, lost.key, huge.key)}
+    assert [error.code for error in codes.values() if error is not None] == [
+        ErrorCode.PROMPT_TOO_LONG,
+        ErrorCode.INVALID_TOKEN,
+        ErrorCode.ADAPTER_UNAVAILABLE,
+        ErrorCode.INVALID_TOKEN,
+    ]
+    again = item()
+    shell.send(Add(items=(again,)))
+    shell.listen(has(Finished, 6))
+    assert shell.finished()[again.key].token_ids == answers[good.key].token_ids
+    shell.send(Shutdown())
+    assert isinstance(shell.listen_to_end()[-1], EngineStats)
+    assert shell.process.wait(timeout=10) == 0
+
+
+def test_a_job_is_named_as_running_once_and_before_its_end(start: Callable[..., Shell]) -> None:
+    shell = start()
+    items = tuple(item(max_tokens=n) for n in (1, 5, 9, 13, 3, 2, 8))
+    shell.send(Add(items=items))
+    said = shell.listen(has(Finished, len(items)))
+    named: list[JobKey] = []
+    for message in said:
+        if isinstance(message, Running):
+            named += message.keys
+        elif isinstance(message, Finished):
+            assert message.key in named
+    assert sorted(named, key=lambda key: key.job) == sorted((i.key for i in items), key=lambda key: key.job)
+
+
+def test_progress_comes_for_those_who_asked_and_sums_to_the_result(start: Callable[..., Shell]) -> None:
+    shell = start()
+    asked, silent = item(max_tokens=9, want_progress=True), item(max_tokens=9)
+    shell.send(Add(items=(asked, silent)))
+    said = shell.listen(has(Finished, 2))
+    progress = [m for m in said if isinstance(m, Progress)]
+    assert {m.key for m in progress} == {asked.key}
+    tokens = [t for m in progress for t in m.token_ids]
+    whole = shell.finished()[asked.key].token_ids
+    assert tuple(tokens) == whole[: len(tokens)]
+    assert len(tokens) == 8  # the last one is in Finished
+
+
+def test_a_released_job_goes_on_where_it_was(start: Callable[..., Shell]) -> None:
+    shell = start()
+    job = item(max_tokens=100, want_progress=True)
+    shell.send(Add(items=(job,)))
+    shell.listen(has(Progress, 3))
+    shell.send(Release(keys=(job.key, JobKey(uuid4(), 1))))
+    said = shell.listen(has(Released))
+    (released,) = [m for m in said if isinstance(m, Released)]
+    kept = released.checkpoint
+    assert 3 <= len(kept.token_ids) == len(kept.logprobs) < 100
+    resumed = item(max_tokens=100, checkpoint=kept)
+    whole = item(max_tokens=100)
+    shell.send(Add(items=(resumed, whole)))
+    shell.listen(has(Finished, 2))
+    answers = shell.finished()
+    assert answers[resumed.key].token_ids == answers[whole.key].token_ids
+    assert answers[resumed.key].logprobs[: len(kept.logprobs)] == kept.logprobs
+    assert job.key not in answers
+
+
+def test_nothing_is_reported_for_an_aborted_job(start: Callable[..., Shell]) -> None:
+    shell = start()
+    job, other = item(max_tokens=120, want_progress=True), item()
+    shell.send(Add(items=(job,)))
+    shell.listen(has(Progress))
+    shell.send(Abort(keys=(job.key,)))
+    shell.send(Add(items=(other,)))
+    shell.listen(has(Finished))
+    num_said = len(shell.said)
+    shell.send(Shutdown())
+    late = shell.listen_to_end()[num_said:]
+    assert other.key in shell.finished()
+    assert job.key not in shell.finished()
+    assert not any(isinstance(m, Progress) for m in late)
+
+
+def test_a_crash_comes_after_its_suspects_were_named(start: Callable[..., Shell]) -> None:
+    shell = start(failpoint="die_on_token=99")
+    first = item()
+    shell.send(Add(items=(first,)))
+    shell.listen(has(Finished))
+    poison, mate = item((5, 99)), item()
+    shell.send(Add(items=(poison, mate)))
+    said = shell.listen_to_end()
+    named = {key for m in said if isinstance(m, Running) for key in m.keys}
+    assert named == {first.key, poison.key, mate.key}
+    assert set(shell.finished()) == {first.key}
+    assert shell.process.wait(timeout=10) == 137
+
+
+def test_the_engine_ends_within_a_second_of_its_shell(start: Callable[..., Shell]) -> None:
+    for busy in (False, True):
+        shell = start()
+        if busy:
+            shell.send(Add(items=tuple(item(max_tokens=120, want_progress=True) for _ in range(30))))
+            shell.listen(has(Progress))
+        shell.connection.close()
+        started = time.monotonic()
+        shell.process.wait(timeout=10)
+        assert time.monotonic() - started < 1.0
+
+
+def test_an_idle_engine_uses_no_processor_time(start: Callable[..., Shell]) -> None:
+    shell = start()
+
+    def used_s() -> float:
+        fields = Path(f"/proc/{shell.process.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    shell.listen(has(EngineStats, 1))
+    before, said = used_s(), len(shell.said)
+    shell.listen(lambda _: len(shell.said) >= said + 2)  # two intervals of statistics
+    assert used_s() - before < 0.2
+
+
+def test_an_engine_without_a_model_ends_and_says_why(tmp_path: Path) -> None:
+    shell = Shell(EngineConfig(model_dir=str(tmp_path)))
+    assert shell.listen_to_end() == []
+    assert shell.process.wait(timeout=10) == 2
+    shell.close()
+
+
+def test_tokens_come_without_a_forward_pass_when_asked(start: Callable[..., Shell]) -> None:
+    shell = start(forward="null")
+    jobs = tuple(item(max_tokens=20) for _ in range(40))
+    shell.send(Add(items=jobs))
+    shell.listen(has(Finished, 40))
+    assert all(len(m.token_ids) == 20 for m in shell.finished().values())
+
+
+def test_the_outbox_keeps_order_while_the_reader_is_slow() -> None:
+    ours, theirs = socket.socketpair()
+    outbox = Outbox(theirs, max_backlog_bytes=1 << 20)
+    frames = [i.to_bytes(4, "little") * 20_000 for i in range(40)]
+    received = bytearray()
+    for frame in frames[:10]:
+        outbox.put(frame)
+    while len(received) < 10 * len(frames[0]):
+        received += ours.recv(50_000)
+    outbox.flush()
+    for frame in frames[10:20]:
+        outbox.put(frame)
+    while len(received) < 20 * len(frames[0]):
+        received += ours.recv(50_000)
+    assert bytes(received) == b"".join(frames[:20])
+    ours.close()
+    for frame in frames[20:]:
+        outbox.put(frame)  # the peer has gone: dropped, not waited for
+    outbox.close()
+    theirs.close()
+
+
+def test_revisions_in_memory_are_told(start: Callable[..., Shell], tiny_adapters: dict[str, Path]) -> None:
+    shell = start()
+    adapter = AdapterRef(uuid4(), UUID(int=7), str(tiny_adapters["rank8"]))
+    shell.send(Add(items=(item(adapter=adapter),)))
+    shell.listen(has(Finished))
+    shell.send(Shutdown())
+    stats = shell.listen_to_end()[-1]
+    assert isinstance(stats, EngineStats)
+    assert stats.resident == (UUID(int=7),)
+    assert stats.adapter_loads == 1

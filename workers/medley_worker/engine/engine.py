@@ -1,0 +1,339 @@
+"""The engine: requests in, tokens out, one forward pass a step over rows of many adapters.
+
+A synchronous class without threads. It owns the requests in flight and joins scheduler, forward pass and adapter
+memory; it knows nothing of jobs, sockets or databases.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from medley.spec.errors import ErrorCode, JobError
+from medley.spec.jobs import Checkpoint, FinishReason
+from medley.spec.sampling import SEED_LIMIT
+from medley.spec.wire import AdapterRef, EngineConfig, EngineStats
+from medley_worker.engine.assembly import Parts, assemble
+from medley_worker.engine.forward import StepResult
+from medley_worker.engine.offline import generate
+from medley_worker.engine.requests import Completion, Limits, Request, RequestOutput, check_request, ended
+from medley_worker.engine.rows import Rows
+from medley_worker.engine.scheduler import StepPlan
+from medley_worker.engine.sequences import AdapterKey, Refused, RequestId, Sequence
+from medley_worker.engine.sizing import EngineSizes
+from medley_worker.engine.stats import Counters
+
+OFFLINE = "offline"  # stands where the tenant stands in the key of an adapter that has a name only
+
+
+class Engine:
+    """Continuous batching over one base model and any number of LoRA adapters.
+
+    on_entering: called with the ids of requests before the first work on them that could end the process (the
+    load of an adapter, the first step), so that the caller can say whom to suspect.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model. Raises UnsupportedModel, or ValueError naming a field of `config`."""
+        self.config = config
+        self.on_entering: Callable[[list[RequestId]], None] | None = None
+        self._open: Parts | None = assemble(config, self._announce)
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._outputs: list[RequestOutput] = []  # of requests that ended outside a step
+        self._order = 0
+        self._random = random.Random(config.seed)
+        self._counters = Counters()
+        self._limits = Limits(self._parts.model.vocab_size, self.sizes.max_model_len)
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_bytes: int | None = None,
+        adapter_bytes: int | None = None,
+        adapter_slots: int | None = None,
+        load_format: Literal["safetensors", "random"] = "safetensors",
+        seed: int = 0,
+    ) -> Engine:
+        """An engine over the Hugging Face folder `model_dir`.
+
+        max_num_batched_tokens: budget of a step. kv_cache_bytes, adapter_bytes: None sizes them from the device.
+        adapter_slots: room for this many adapters of the largest rank. load_format "random" needs config.json
+        alone. seed: of random weights, and of the seeds drawn for requests that bring none.
+        """
+        return cls(
+            EngineConfig(
+                model_dir=str(model_dir),
+                device=device,
+                dtype=dtype,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_bytes=kv_cache_bytes,
+                adapter_bytes=adapter_bytes,
+                adapter_slots=adapter_slots,
+                load_format=load_format,
+                seed=seed,
+            )
+        )
+
+    @property
+    def _parts(self) -> Parts:
+        if self._open is None:
+            raise RuntimeError("the engine is closed")
+        return self._open
+
+    @property
+    def sizes(self) -> EngineSizes:
+        return self._parts.sizes
+
+    @property
+    def vocab_size(self) -> int:
+        return self._parts.model.vocab_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._sequences) or bool(self._outputs)
+
+    def add_adapter(self, name: str, adapter_dir: str | Path) -> None:
+        """Make the PEFT adapter in `adapter_dir` known as `name`. Raises AdapterRefused with all reasons."""
+        self._parts.residency.add((OFFLINE, name), Path(adapter_dir))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory. Raises KeyError for an unknown name, ValueError while in use."""
+        key = (OFFLINE, name)
+        if any(sequence.adapter == key for sequence in self._sequences.values()):
+            raise ValueError(f"adapter {name!r} is in use by requests in flight")
+        self._parts.residency.remove(key)
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run `requests` together; their completions in the same order.
+
+        Raises ValueError, naming the first bad request, before any is run; RuntimeError while requests of
+        `add_request` are in flight.
+        """
+        return generate(self, list(requests))
+
+    def add_request(
+        self,
+        request_id: RequestId,
+        request: Request,
+        checkpoint: Checkpoint | None = None,
+        priority: int = 0,
+        *,
+        stream: bool = True,
+    ) -> None:
+        """Queue a request. It goes on after the tokens of `checkpoint`.
+
+        priority: higher goes first. stream: report tokens as they come; otherwise only at the end.
+        Raises Refused (a ValueError) for what the model cannot serve, ValueError for an id in flight.
+        """
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id!r} is in flight already")
+        check_request(request, checkpoint, self._limits)
+        sampling = request.sampling
+        sequence = Sequence(
+            request_id=request_id,
+            prompt=np.array(request.prompt_token_ids, dtype=np.int32),
+            sampling=sampling,
+            seed=self._random.randrange(SEED_LIMIT) if sampling.seed is None else sampling.seed,
+            adapter=self._key_of(request.adapter),
+            priority=priority,
+            order=self._order,
+            is_streamed=stream,
+        )
+        self._order += 1
+        if checkpoint is not None and checkpoint.token_ids:
+            sequence.output_ids = np.array(checkpoint.token_ids, np.int32)
+            sequence.output_logprobs = np.array(checkpoint.logprobs, np.float32)
+            reason = ended(request, checkpoint, self._parts.model.eos_token_ids, self.sizes.max_model_len)
+            if reason is not None:
+                self._outputs.append(_finished(sequence, reason))
+                return
+        self._sequences[request_id] = sequence
+        self._parts.scheduler.add(sequence)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step: admit, compute, draw. Returns what is new for requests that are streamed or ended."""
+        started = time.perf_counter()
+        outputs, self._outputs = self._outputs, []
+        plan = self._parts.scheduler.schedule()
+        for sequence, error in plan.failed:
+            del self._sequences[sequence.request_id]
+            outputs.append(_finished(sequence, None, error))
+        self._counters.preemptions += plan.num_preempted
+        if not plan.is_empty:
+            self._announce([s for s in plan.entering if not s.is_announced])
+            sampled = plan.sampled_rows()
+            forward_started = time.perf_counter()
+            result = self._parts.forward.run(plan, sampled)
+            self._counters.forward_s += time.perf_counter() - forward_started
+            self._parts.scheduler.advance(plan)
+            self._take(sampled, result, outputs)
+            self._count(plan)
+            self._counters.step_s += time.perf_counter() - started
+        return outputs
+
+    def abort(self, request_ids: Iterable[RequestId]) -> None:
+        """Forget these requests; unknown ids are ignored."""
+        for request_id in request_ids:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                self._parts.scheduler.remove(sequence)
+
+    def release(self, request_ids: Iterable[RequestId] | None = None) -> dict[RequestId, Checkpoint]:
+        """Give these requests (None: all) back with what they have generated; unknown ids are left out."""
+        released: dict[RequestId, Checkpoint] = {}
+        for request_id in list(self._sequences) if request_ids is None else request_ids:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                self._parts.scheduler.remove(sequence)
+                released[request_id] = sequence.checkpoint()
+        return released
+
+    def set_upcoming(self, adapters: Iterable[AdapterRef]) -> None:
+        """Adapters that come after those of the requests in line, nearest first: the last to be evicted."""
+        self._parts.scheduler.set_upcoming([(ref.tenant, ref.revision) for ref in adapters])
+
+    def stats(self) -> EngineStats:
+        """Totals since the engine started, and what it holds now."""
+        counters, parts = self._counters, self._parts
+        residency = parts.residency.stats()
+        return EngineStats(
+            steps=counters.steps,
+            step_s=counters.step_s,
+            forward_s=counters.forward_s,
+            rows=counters.rows,
+            adapters=counters.adapters,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            preemptions=counters.preemptions,
+            adapter_loads=residency.loads,
+            adapter_evictions=residency.evictions,
+            adapter_load_s=residency.load_s,
+            num_running=parts.rows.num_used,
+            num_waiting=parts.scheduler.num_waiting,
+            pages_used=parts.pages.num_used,
+            num_pages=parts.pages.num_pages,
+            tiles_used=residency.tiles_used,
+            num_tiles=residency.num_tiles,
+            resident=residency.revisions,
+        )
+
+    def close(self) -> None:
+        """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""
+        if self._open is not None:
+            self.abort(list(self._sequences))
+            self._open = None
+
+    def check_integrity(self) -> None:
+        """Every owner is whole and agrees with the requests in flight. For tests."""
+        self._parts.scheduler.check_integrity()
+        self._parts.residency.check_integrity()
+        in_rows = sum(s.row is not None for s in self._sequences.values())
+        assert in_rows == self._parts.rows.num_used, "a row has no request"
+        assert len(self._sequences) - in_rows == self._parts.scheduler.num_waiting, "a request is in no line"
+
+    def _take(self, sampled: Rows, result: StepResult, outputs: list[RequestOutput]) -> None:
+        """Write the drawn tokens to their rows; end those that are done."""
+        token_ids, logprobs = result.token_ids, result.logprobs
+        if result.is_bad is not None:
+            for row in sampled[result.is_bad].tolist():
+                error = JobError(code=ErrorCode.NUMERICAL, message="the model's logits hold NaN")
+                outputs.append(self._end(row, None, error))
+            is_good = ~result.is_bad
+            sampled, token_ids, logprobs = sampled[is_good], token_ids[is_good], logprobs[is_good]
+        rows = self._parts.rows
+        is_stop, is_long = rows.append(sampled, token_ids, logprobs)
+        self._counters.generated_tokens += len(sampled)
+        is_over = is_stop | is_long
+        is_told = is_over | rows.is_streamed[sampled]
+        if not is_told.any():
+            return
+        for i in np.flatnonzero(is_told).tolist():
+            row = int(sampled[i])
+            new: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
+            if rows.is_streamed[row]:
+                new = ((int(token_ids[i]),), (float(logprobs[i]),))
+            if is_over[i]:
+                reason = FinishReason.STOP if is_stop[i] else FinishReason.LENGTH
+                outputs.append(self._end(row, reason, None, *new))
+            else:
+                sequence = rows.sequences[row]
+                assert sequence is not None
+                outputs.append(RequestOutput(sequence.request_id, *new))
+
+    def _end(
+        self,
+        row: int,
+        reason: FinishReason | None,
+        error: JobError | None,
+        new_token_ids: tuple[int, ...] = (),
+        new_logprobs: tuple[float, ...] = (),
+    ) -> RequestOutput:
+        sequence = self._parts.scheduler.end_row(row)
+        del self._sequences[sequence.request_id]
+        return _finished(sequence, reason, error, new_token_ids, new_logprobs)
+
+    def _count(self, plan: StepPlan) -> None:
+        counters = self._counters
+        counters.steps += 1
+        counters.rows += len(plan.decode_rows) + len(plan.chunks)
+        counters.adapters += self._parts.scheduler.num_adapters_in(plan)
+        counters.prompt_tokens += sum(chunk.num_tokens for chunk in plan.chunks)
+
+    def _announce(self, sequences: Seq[Sequence]) -> None:
+        if sequences:
+            for sequence in sequences:
+                sequence.is_announced = True
+            if self.on_entering is not None:
+                self.on_entering([sequence.request_id for sequence in sequences])
+
+    def _key_of(self, adapter: str | AdapterRef | None) -> AdapterKey | None:
+        if adapter is None:
+            return None
+        if isinstance(adapter, AdapterRef):
+            return self._key_of_ref(adapter)
+        key = (OFFLINE, adapter)
+        if not self._parts.residency.is_known(key):
+            raise Refused(
+                ErrorCode.ADAPTER_UNAVAILABLE, f"adapter: got {adapter!r}, wanted a name given to add_adapter"
+            )
+        return key
+
+    def _key_of_ref(self, ref: AdapterRef) -> AdapterKey:
+        key = (ref.tenant, ref.revision)
+        if not self._parts.residency.is_known(key):
+            self._parts.residency.add(key, Path(ref.path))
+        return key
+
+
+def _finished(
+    sequence: Sequence,
+    reason: FinishReason | None,
+    error: JobError | None = None,
+    new_token_ids: tuple[int, ...] = (),
+    new_logprobs: tuple[float, ...] = (),
+) -> RequestOutput:
+    return RequestOutput(
+        sequence.request_id,
+        new_token_ids,
+        new_logprobs,
+        is_finished=True,
+        token_ids=tuple(sequence.output_ids.tolist()),
+        logprobs=tuple(sequence.output_logprobs.tolist()),
+        finish_reason=reason,
+        error=error,
+    )

@@ -1,0 +1,242 @@
+"""The engine process: `python -m medley_worker.engine.process --fd N`, a loop around one Engine.
+
+Owns the socket to the shell that started it and dies with it. The first frame is an EngineConfig; after it come
+ToEngine messages, and FromEngine messages go back (medley/spec/wire.py). It knows jobs by their keys only.
+
+Whatever is wrong with one job ends as its Finished with an error. What is wrong with the process ends the
+process: the shell sees which jobs were named as Running and not reported since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import msgspec
+import structlog
+
+from medley.spec.errors import JobError
+from medley.spec.jobs import Checkpoint
+from medley.spec.wire import (
+    Abort,
+    Add,
+    EngineConfig,
+    Finished,
+    FrameReader,
+    FromEngine,
+    JobKey,
+    Progress,
+    Ready,
+    Release,
+    Released,
+    Running,
+    Shutdown,
+    ToEngine,
+    Upcoming,
+    WorkItem,
+    encode_frame,
+    to_engine_decoder,
+)
+from medley_worker.engine.engine import Engine
+from medley_worker.engine.outbox import Outbox
+from medley_worker.engine.requests import Request, RequestOutput
+from medley_worker.engine.sequences import Refused, RequestId
+
+STATS_INTERVAL_S = 1.0
+_RECEIVE_BYTES = 1 << 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CRASHED = 137  # what a SIGKILLed process reports
+
+log = structlog.get_logger()
+
+
+class Failpoint:
+    """`die_on_token=<id>`: die in the step that first holds a job with this token in its prompt. For fault tests."""
+
+    def __init__(self, text: str | None) -> None:
+        self._token_id: int | None = None
+        self._doomed: set[RequestId] = set()
+        if text is not None:
+            name, _, value = text.partition("=")
+            if name != "die_on_token" or not value.isdecimal():
+                raise ValueError(f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id>")
+            self._token_id = int(value)
+
+    def see(self, item: WorkItem) -> None:
+        if self._token_id is not None and self._token_id in item.prompt_token_ids:
+            self._doomed.add(item.key)
+
+    def entering(self, request_ids: Iterable[RequestId]) -> None:
+        if not self._doomed.isdisjoint(request_ids):
+            os._exit(_CRASHED)
+
+
+class Service:
+    """One engine at the end of a socket: takes messages from `inbox`, answers through `outbox`."""
+
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[bytes], outbox: Outbox, failpoint: Failpoint) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._outbox = outbox
+        self._failpoint = failpoint
+        self._stats_at = time.monotonic()  # when the next statistics are due
+        engine.on_entering = self._entering
+
+    def run(self) -> None:
+        """Work until the shell says Shutdown."""
+        while self._take_messages():
+            if self._engine.has_work:
+                self._report(self._engine.step())
+            now = time.monotonic()
+            if now >= self._stats_at:
+                self._stats_at = now + STATS_INTERVAL_S
+                self._send(self._engine.stats())
+        self._send(self._engine.stats())
+
+    def _take_messages(self) -> bool:
+        """Handle what has arrived; without work, wait for it. False after Shutdown."""
+        wait_s = 0.0 if self._engine.has_work else max(0.0, self._stats_at - time.monotonic())
+        try:
+            body = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                message = to_engine_decoder.decode(body)
+                if isinstance(message, Shutdown):
+                    return False
+                self._handle(message)
+                body = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Add(items=items):
+                for item in items:
+                    self._add(item)
+            case Abort(keys=keys):
+                self._engine.abort(keys)
+            case Release(keys=keys):
+                released = cast(Mapping[JobKey, Checkpoint], self._engine.release(keys))
+                self._send(*(Released(key=key, checkpoint=kept) for key, kept in released.items()))
+            case Upcoming(adapters=adapters):
+                self._engine.set_upcoming(adapters)
+
+    def _add(self, item: WorkItem) -> None:
+        request = Request(item.prompt_token_ids, item.adapter, item.sampling)
+        self._failpoint.see(item)
+        try:
+            self._engine.add_request(item.key, request, item.checkpoint, item.priority, stream=item.want_progress)
+        except Refused as refused:
+            self._send(_failed(item.key, refused.error))
+        except ValueError as error:  # sent twice: the first one stands
+            log.warning("job.refused", job=str(item.key.job), attempt=item.key.attempt, reason=str(error))
+
+    def _entering(self, request_ids: list[RequestId]) -> None:
+        """Before the first work on these jobs: the shell must know whom to suspect if the process dies in it."""
+        self._send(Running(keys=cast(tuple[JobKey, ...], tuple(request_ids))))
+        self._outbox.flush()
+        self._failpoint.entering(request_ids)
+
+    def _report(self, outputs: list[RequestOutput]) -> None:
+        self._send(*(_message(output) for output in outputs))
+
+    def _send(self, *messages: FromEngine) -> None:
+        if messages:
+            self._outbox.put(b"".join(map(encode_frame, messages)))
+
+
+def _message(output: RequestOutput) -> Finished | Progress:
+    key = cast(JobKey, output.request_id)
+    if not output.is_finished:
+        return Progress(key=key, token_ids=output.new_token_ids, logprobs=output.new_logprobs)
+    return Finished(
+        key=key,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        finish_reason=output.finish_reason,
+        error=output.error,
+    )
+
+
+def _failed(key: JobKey, error: JobError) -> Finished:
+    return Finished(key=key, token_ids=(), logprobs=(), finish_reason=None, error=error)
+
+
+def read_bodies(connection: socket.socket, inbox: queue.SimpleQueue[bytes]) -> None:
+    """Put each message body into `inbox`; end the process when the shell has gone. Runs on a thread of its own.
+
+    os._exit and not an exception: a step may take seconds, and there is nothing to save that nobody reads.
+    """
+    reader = FrameReader()
+    try:
+        while data := connection.recv(_RECEIVE_BYTES):
+            for body in reader.feed(data):
+                inbox.put(body)
+    except (OSError, ValueError) as error:
+        log.error("shell.unreadable", reason=str(error))
+    os._exit(0)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def main() -> int:
+    """Serve the socket `--fd` until Shutdown or its end. Exit status 2: the engine could not be built."""
+    parser = argparse.ArgumentParser(prog="medley_worker.engine.process")
+    parser.add_argument("--fd", type=int, required=True, help="an open socket to the shell")
+    arguments = parser.parse_args()
+    die_with_parent()
+    # Ctrl-C reaches the whole terminal group; the shell decides how to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    connection = socket.socket(fileno=arguments.fd)
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=read_bodies, args=(connection, inbox), name="inbox", daemon=True).start()
+    started = time.monotonic()
+    config = msgspec.msgpack.decode(inbox.get(), type=EngineConfig)
+    try:
+        failpoint = Failpoint(os.environ.get("MEDLEY_ENGINE_FAILPOINT"))
+        engine = Engine(config)
+    except (ValueError, OSError) as error:
+        log.error("engine.unbuildable", reason=str(error))
+        return 2
+    outbox = Outbox(connection)
+    load_s = time.monotonic() - started
+    outbox.put(encode_frame(_ready(engine, load_s)))
+    log.info("engine.ready", load_s=round(load_s, 2), num_pages=engine.sizes.num_pages)
+    Service(engine, inbox, outbox, failpoint).run()
+    outbox.close()
+    engine.close()
+    return 0
+
+
+def _ready(engine: Engine, load_s: float) -> Ready:
+    sizes = engine.sizes
+    return Ready(
+        max_num_seqs=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        num_tiles=engine.stats().num_tiles,
+        vocab_size=engine.vocab_size,
+        load_s=load_s,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

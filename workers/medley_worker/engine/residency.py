@@ -1,0 +1,94 @@
+"""Adapter memory as the scheduler sees it: the adapter cache, with its errors turned into jobs' errors.
+
+Announces a sequence before its adapter is read, since a broken file may end the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from medley.spec.errors import ErrorCode
+from medley_worker.engine.adapters import AdapterCache, AdapterTooLarge, AdapterUnavailable
+from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    loads: int
+    evictions: int
+    load_s: float
+    tiles_used: int
+    num_tiles: int
+    revisions: tuple[UUID, ...]
+
+
+class CachedResidency:
+    """`scheduler.Residency` over an AdapterCache. announce: called with sequences before a load for them."""
+
+    def __init__(self, cache: AdapterCache, announce: Callable[[Seq[Sequence]], None]) -> None:
+        self._cache = cache
+        self._announce = announce
+
+    def add(self, key: AdapterKey, path: Path) -> None:
+        """Make an adapter known; its header is read now, its weights when first used. Raises Refused."""
+        with _refusals():
+            self._cache.register(key, path)
+
+    def is_known(self, key: AdapterKey) -> bool:
+        return self._cache.is_registered(key)
+
+    def remove(self, key: AdapterKey) -> None:
+        if not self._cache.is_registered(key):
+            raise KeyError(key)
+        self._cache.forget(key)
+
+    def is_resident(self, key: AdapterKey) -> bool:
+        return self._cache.is_resident(key)
+
+    def can_admit(self, key: AdapterKey) -> bool:
+        return self._cache.can_admit(key)
+
+    def load(self, key: AdapterKey, sequence: Sequence) -> None:
+        if not sequence.is_announced:
+            self._announce([sequence])
+        with _refusals():
+            self._cache.load(key)
+
+    def pin(self, key: AdapterKey) -> None:
+        self._cache.pin(key)
+
+    def unpin(self, key: AdapterKey) -> None:
+        self._cache.unpin(key)
+
+    def set_upcoming(self, keys: Seq[AdapterKey]) -> None:
+        self._cache.set_upcoming(keys)
+
+    def stats(self) -> ResidencyStats:
+        cache = self._cache
+        return ResidencyStats(
+            loads=cache.loads,
+            evictions=cache.evictions,
+            load_s=cache.load_s,
+            tiles_used=cache.tiles_used,
+            num_tiles=cache.num_tiles,
+            revisions=tuple(key[1] for key in cache.resident() if isinstance(key[1], UUID)),
+        )
+
+    def check_integrity(self) -> None:
+        self._cache.check_integrity()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """The cache's errors as those of a job."""
+    try:
+        yield
+    except AdapterTooLarge as error:
+        raise Refused(ErrorCode.ADAPTER_TOO_LARGE, str(error)) from error
+    except AdapterUnavailable as error:
+        raise Refused(ErrorCode.ADAPTER_UNAVAILABLE, str(error)) from error
