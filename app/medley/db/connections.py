@@ -14,11 +14,19 @@ IDLE_IN_TRANSACTION_MS = 30_000  # a frozen process must not hold its locks for 
 CONNECT_TIMEOUT_S = 5
 
 
-def make_engine(url: str, *, name: str, pool_size: int = 5, pool_timeout_s: float = 30) -> Engine:
+def make_engine(
+    url: str,
+    *,
+    name: str,
+    pool_size: int = 5,
+    pool_timeout_s: float = 30,
+    lock_timeout_ms: int = LOCK_TIMEOUT_MS,
+    idle_in_transaction_ms: int = IDLE_IN_TRANSACTION_MS,
+) -> Engine:
     """An engine of `pool_size` connections at the most; `name` shows in pg_stat_activity."""
     options = (
-        f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
-        f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_MS} -c timezone=UTC -c jit=off"
+        f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={lock_timeout_ms}"
+        f" -c idle_in_transaction_session_timeout={idle_in_transaction_ms} -c timezone=UTC -c jit=off"
     )
     return create_engine(
         url,

@@ -12,9 +12,20 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from medley.db.batches import lock_batches
 from medley.db.ends import End, end_unclaimed
 
 ALONE_LIMIT = 3  # deaths with nothing else in the step before a job or an adapter is quarantined
+
+# The batches this transaction may touch: the suspects' own, and those with queued jobs of a revision that one more
+# death alone would quarantine.
+_AT_STAKE = text(
+    "SELECT batch_id FROM jobs WHERE id = ANY(:jobs)"
+    " UNION SELECT q.batch_id FROM jobs q WHERE q.state = 'queued' AND q.lane IN ("
+    "  SELECT revision_id FROM crashes WHERE num_suspects = 1"
+    "  AND revision_id IN (SELECT revision_id FROM jobs WHERE id = ANY(:jobs))"
+    "  GROUP BY revision_id HAVING count(*) >= :limit - 1)"
+)
 
 _SUSPECT = """
 UPDATE jobs j SET crashes = crashes + 1, step_limit = %(limit)s
@@ -42,6 +53,8 @@ def record_crash(conn: Connection, worker: UUID, suspects: Sequence[tuple[UUID, 
     jobs of the latter, by `complete` with `job_quarantined` and `adapter_quarantined`. Queued jobs of a quarantined
     revision are failed here.
     """
+    jobs_at_stake = {"jobs": [job for job, _ in suspects], "limit": ALONE_LIMIT}
+    lock_batches(conn, conn.execute(_AT_STAKE, jobs_at_stake).scalars())
     rows = conn.exec_driver_sql(
         _SUSPECT,
         {

@@ -59,6 +59,18 @@ def add_demand(conn: Connection, pool: str, changes: Iterable[tuple[UUID, int, U
     )
 
 
+def forget_empty(conn: Connection, limit: int = 10_000) -> int:
+    """Deletes rows of lanes in which nothing waits; those being written stay. Returns how many."""
+    return conn.execute(
+        text(
+            "DELETE FROM demand d USING (SELECT pool, lane, priority FROM demand WHERE num_queued = 0"
+            "  LIMIT :limit FOR UPDATE SKIP LOCKED) e"
+            " WHERE d.pool = e.pool AND d.lane = e.lane AND d.priority = e.priority"
+        ),
+        {"limit": limit},
+    ).rowcount
+
+
 def charge(conn: Connection, pool: str, tokens: dict[UUID, float]) -> None:
     """Adds tokens over weight to the tenants' counters, in tenant order."""
     if not tokens:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from medley.db.batches import lock_batches
+from medley.db.batches import HIGH, lock_batches
 from medley.db.ends import End, end_batch_queue, end_unclaimed
 from medley.spec.jobs import JobState
 
@@ -107,13 +107,43 @@ def flagged(conn: Connection, worker: UUID) -> list[Flagged]:
     return [Flagged(row.id, row.attempt, Flag(row.flag)) for row in conn.execute(_FLAGGED, {"worker": worker})]
 
 
-def expire_queued(conn: Connection, limit: int = 5_000) -> int:
-    """Expires queued jobs past their deadline, held ones too. Returns how many."""
+def expire_queued(conn: Connection, limit: int = 5_000) -> set[UUID]:
+    """Expires queued jobs past their deadline, held ones too, `limit` a call. Returns their batches."""
     due = conn.execute(
         text(
-            "SELECT id FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
+            "SELECT id, batch_id FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
             " AND deadline_at <= clock_timestamp() LIMIT :limit"
         ),
         {"limit": limit},
-    ).scalars()
-    return end_unclaimed(conn, list(due), End(JobState.EXPIRED))
+    ).all()
+    if end_unclaimed(conn, [row.id for row in due], End(JobState.EXPIRED)) == 0:
+        return set()
+    return {row.batch_id for row in due}
+
+
+# Jobs that others are writing are left for the next call, so this waits for no job's lock.
+_HASTEN = """
+WITH near AS (
+    SELECT id, priority FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < %(high)s
+        AND deadline_at <= clock_timestamp() + make_interval(secs => %(within_s)s)
+    LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+), raised AS (
+    UPDATE jobs j SET priority = %(high)s FROM near WHERE j.id = near.id
+    RETURNING j.pool, j.lane, near.priority AS was, j.tenant_id, j.revision_id, j.is_held
+), changes AS (
+    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n FROM raised WHERE NOT is_held
+    UNION ALL SELECT pool, lane, %(high)s, tenant_id, revision_id, 1 FROM raised WHERE NOT is_held
+), demanded AS (
+    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT pool, lane, priority, tenant_id, revision_id, sum(n) FROM changes
+    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
+    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+)
+SELECT count(*) FROM raised
+"""
+
+
+def hasten(conn: Connection, within_s: float, limit: int = 5_000) -> int:
+    """Raises queued jobs whose deadline is within `within_s` seconds to the highest priority. Returns how many."""
+    count: int = conn.exec_driver_sql(_HASTEN, {"high": HIGH, "within_s": float(within_s), "limit": limit}).scalar_one()
+    return count

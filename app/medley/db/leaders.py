@@ -11,6 +11,9 @@ class TermLost(Exception):
     """Another dispatcher leads, or the term has run out. Nothing of this transaction may stand."""
 
 
+# A standby's look each tick must not lock the row: frozen in that moment it would stop the leader.
+_LED_BY_ANOTHER = text("SELECT 1 FROM leaders WHERE pool = :pool AND holder <> :holder AND until > clock_timestamp()")
+
 _LEAD = text(
     "INSERT INTO leaders AS l (pool, holder, term, until)"
     " VALUES (:pool, :holder, 1, clock_timestamp() + make_interval(secs => :term_s))"
@@ -27,6 +30,8 @@ def lead(conn: Connection, pool: str, holder: UUID, *, term_s: float) -> int | N
 
     A term that has lapsed is not prolonged: the same holder begins a new one.
     """
+    if conn.execute(_LED_BY_ANOTHER, {"pool": pool, "holder": holder}).one_or_none() is not None:
+        return None
     term: int | None = conn.execute(_LEAD, {"pool": pool, "holder": holder, "term_s": term_s}).scalar_one_or_none()
     return term
 

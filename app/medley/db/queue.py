@@ -95,7 +95,7 @@ _SAVE_CHECKPOINTS = """
 INSERT INTO checkpoints (job_id, tenant_id, token_ids, logprobs)
 SELECT j.id, j.tenant_id, r.token_ids::int4[], r.logprobs::float4[]
 FROM unnest(%(jobs)b::uuid[], %(token_ids)b::text[], %(logprobs)b::text[]) AS r(id, token_ids, logprobs)
-JOIN jobs j ON j.id = r.id
+JOIN jobs j ON j.id = r.id AND j.state = 'queued'
 ON CONFLICT (job_id) DO UPDATE SET token_ids = excluded.token_ids, logprobs = excluded.logprobs
 """
 
@@ -106,7 +106,7 @@ def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list
         _RELEASABLE,
         {"worker": worker, "jobs": [r.job for r in releases], "attempts": [r.attempt for r in releases]},
     ).all()
-    back = requeue(conn, worker, {row.id: row.batch_id for row in found})
+    back = requeue(conn, [Holding(row.id, worker, row.batch_id) for row in found])
     kept = [r for r in releases if r.job in back and r.checkpoint is not None and r.checkpoint.token_ids]
     if kept:
         conn.exec_driver_sql(
@@ -122,8 +122,8 @@ def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list
 
 _REQUEUE = """
 UPDATE jobs j SET state = 'queued', worker_id = NULL, leased_at = NULL, is_held = b.paused_at IS NOT NULL
-FROM batches b
-WHERE j.id = ANY(%(jobs)b::uuid[]) AND j.state = 'leased' AND j.worker_id = %(worker)s AND b.id = j.batch_id
+FROM unnest(%(jobs)b::uuid[], %(workers)b::uuid[]) AS r(id, worker), batches b
+WHERE j.id = r.id AND j.state = 'leased' AND j.worker_id = r.worker AND b.id = j.batch_id
 RETURNING j.id, j.tenant_id, j.pool, j.lane, j.priority, j.revision_id, j.est_tokens, j.is_held,
     CASE WHEN j.is_cancel_requested OR b.cancel_requested_at IS NOT NULL THEN 'cancelled'
          WHEN j.deadline_at <= clock_timestamp() THEN 'expired'
@@ -132,15 +132,27 @@ RETURNING j.id, j.tenant_id, j.pool, j.lane, j.priority, j.revision_id, j.est_to
 """
 
 
-def requeue(conn: Connection, worker: UUID, jobs: dict[UUID, UUID]) -> set[UUID]:
-    """`leased -> queued` for jobs (id -> batch) of `worker`, or on to their end where one is due.
+@dataclass(frozen=True)
+class Holding:
+    """A job as it was seen at its worker."""
 
-    Refunds the estimate that the claim charged. Returns the ids that left the worker.
+    job: UUID
+    worker: UUID
+    batch: UUID
+
+
+def requeue(conn: Connection, holdings: Sequence[Holding]) -> set[UUID]:
+    """`leased -> queued` for jobs that their workers still hold, or on to their end where one is due.
+
+    Refunds the estimate that the claim charged. Returns the ids that left their worker. One call a transaction:
+    a second would lock batches after counters.
     """
-    if not jobs:
+    if not holdings:
         return set()
-    lock_batches(conn, jobs.values())
-    rows = conn.exec_driver_sql(_REQUEUE, {"jobs": list(jobs), "worker": worker}).all()
+    lock_batches(conn, [h.batch for h in holdings])
+    rows = conn.exec_driver_sql(
+        _REQUEUE, {"jobs": [h.job for h in holdings], "workers": [h.worker for h in holdings]}
+    ).all()
     for pool in {row.pool for row in rows}:
         here = [row for row in rows if row.pool == pool]
         refund: Counter[UUID] = Counter()

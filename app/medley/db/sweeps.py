@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from medley.db.batches import NewBatch, NewJob, append_jobs, lock_batches, open_batch
 from medley.db.demand import array_literal
-from medley.db.ends import End, end_batch_queue
+from medley.db.ends import End, end_unclaimed
 from medley.spec.jobs import JobState
 
 EXPAND_RING_S = 5.0  # seconds after which an expansion that has not moved is rung again
@@ -82,8 +82,8 @@ def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
     )
     conn.exec_driver_sql(
         "INSERT INTO sweep_prompts (sweep_id, prompt_idx, tenant_id, custom_id, prompt, prompt_token_ids, expected,"
-        " only_adapter) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id, r.prompt, r.token_ids::int4[], r.expected,"
-        " r.only_adapter FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[],"
+        " only_adapter) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id, r.prompt, r.token_ids::int4[],"
+        " r.expected, r.only_adapter FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[],"
         " %(expected)b::text[], %(only)b::text[])"
         " WITH ORDINALITY AS r(custom_id, prompt, token_ids, expected, only_adapter, ord)",
         {
@@ -143,8 +143,7 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
     ).all()
     batch = NewBatch(row.id, row.tenant_id, row.pool, priority=row.priority, deadline_at=row.deadline_at)
     jobs = [_cell_job(cell, int(row.max_tokens)) for cell in cells]
-    if jobs:
-        append_jobs(conn, batch, jobs, is_held=row.paused_at is not None)
+    ids = append_jobs(conn, batch, jobs, is_held=row.paused_at is not None) if jobs else []
     num_expanded = row.num_expanded + len(cells)
     done = num_expanded >= row.total
     conn.execute(
@@ -155,7 +154,7 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
         {"id": sweep_id, "num_expanded": num_expanded, "done": done, "ring_s": EXPAND_RING_S},
     )
     if row.cancel_requested_at is not None:
-        end_batch_queue(conn, sweep_id, End(JobState.CANCELLED))
+        end_unclaimed(conn, ids, End(JobState.CANCELLED))
     return bool(done)
 
 

@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 from sqlalchemy import Connection, Row, text
 
-from medley.db.queue import requeue
+from medley.db.queue import Holding, requeue
 
 
 class WorkerState(StrEnum):
@@ -40,12 +40,22 @@ class Room:
     num_tiles: int = 0
 
 
-def register(conn: Connection, worker: UUID, *, pool: str, host: str, pid: int, room: Room, lease_s: float) -> None:
-    """A new worker, asleep: its engine is loaded when the dispatcher wakes it."""
+def register(
+    conn: Connection,
+    worker: UUID,
+    *,
+    pool: str,
+    host: str,
+    pid: int,
+    room: Room,
+    lease_s: float,
+    desired: WorkerState = WorkerState.ASLEEP,
+) -> None:
+    """A new worker, asleep: its engine is loaded when the dispatcher wakes it, or now where it desires so itself."""
     conn.execute(
         text(
             "INSERT INTO workers (id, pool, host, pid, state, desired_state, lease_until, max_num_seqs)"
-            " VALUES (:id, :pool, :host, :pid, 'asleep', 'asleep',"
+            " VALUES (:id, :pool, :host, :pid, 'asleep', :desired,"
             "  clock_timestamp() + make_interval(secs => :lease_s), :max_num_seqs)"
         ),
         {
@@ -55,6 +65,7 @@ def register(conn: Connection, worker: UUID, *, pool: str, host: str, pid: int, 
             "pid": pid,
             "lease_s": lease_s,
             "max_num_seqs": room.max_num_seqs,
+            "desired": desired.value,
         },
     )
 
@@ -163,7 +174,16 @@ def reclaim(conn: Connection, pool: str, limit: int = 2_000) -> int:
         ),
         {"pool": pool, "limit": limit},
     ).all()
-    by_worker: dict[UUID, dict[UUID, UUID]] = {}
-    for row in rows:
-        by_worker.setdefault(row.worker_id, {})[row.id] = row.batch_id
-    return sum(len(requeue(conn, worker, jobs)) for worker, jobs in sorted(by_worker.items()))
+    return len(requeue(conn, [Holding(row.id, row.worker_id, row.batch_id) for row in rows]))
+
+
+def forget_gone(conn: Connection, *, older_than_s: float) -> int:
+    """Deletes workers that have been gone this long and hold nothing. Returns how many."""
+    return conn.execute(
+        text(
+            "DELETE FROM workers w WHERE w.state = 'gone'"
+            " AND w.changed_at < clock_timestamp() - make_interval(secs => :age)"
+            " AND NOT EXISTS (SELECT FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased')"
+        ),
+        {"age": older_than_s},
+    ).rowcount

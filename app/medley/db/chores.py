@@ -1,0 +1,36 @@
+"""Which chores of a pool's leader are due: one read without a lock, so that an idle tick writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True)
+class Due:
+    """What waits to be done; each field is the chore's function in `medley.db`."""
+
+    mark_gone: bool  # a worker's lease has lapsed
+    reclaim: bool  # a gone worker still has jobs
+    expire: bool  # a queued job is past its deadline
+    hasten: bool  # a queued job nears its deadline
+    expand: bool  # a sweep is to be rung
+
+
+_DUE = text(
+    "SELECT EXISTS (SELECT FROM workers WHERE pool = :pool AND state <> 'gone'"
+    "  AND lease_until <= clock_timestamp()) AS mark_gone,"
+    " EXISTS (SELECT FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+    "  WHERE w.pool = :pool AND w.state = 'gone') AS reclaim,"
+    " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
+    "  AND deadline_at <= clock_timestamp()) AS expire,"
+    " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < 2"
+    "  AND deadline_at <= clock_timestamp() + make_interval(secs => :near_s)) AS hasten,"
+    " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand"
+)
+
+
+def read_due(conn: Connection, pool: str, *, near_s: float) -> Due:
+    """The chores that have something to do now; a deadline is near within `near_s` seconds."""
+    return Due(**conn.execute(_DUE, {"pool": pool, "near_s": near_s}).one()._mapping)

@@ -1,0 +1,71 @@
+"""The tenants' counters as the dispatcher reads and lifts them; `medley.db.demand.charge` adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True)
+class Account:
+    """One tenant in one pool: tokens of service received over its weight, and whether its jobs were waiting."""
+
+    tenant: UUID
+    service: float
+    weight: float
+    is_backlogged: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A tenant's new standing: its counter is raised to `floor` at the least."""
+
+    tenant: UUID
+    floor: float
+    is_backlogged: bool
+
+
+_READ = text(
+    "SELECT t.id, coalesce(c.service, 0) AS service, t.weight, coalesce(c.is_backlogged, false) AS is_backlogged"
+    " FROM tenants t LEFT JOIN tenant_counters c ON c.pool = :pool AND c.tenant_id = t.id"
+    " WHERE t.id = ANY(:tenants) OR t.id IN ("
+    "  SELECT b.tenant_id FROM tenant_counters b WHERE b.pool = :pool AND b.is_backlogged)"
+)
+
+
+def read_accounts(conn: Connection, pool: str, tenants: Iterable[UUID]) -> list[Account]:
+    """The accounts of `tenants` (zeros for one that is new) and of all that were last seen backlogged."""
+    rows = conn.execute(_READ, {"pool": pool, "tenants": list(tenants)})
+    return [Account(row.id, row.service, row.weight, row.is_backlogged) for row in rows]
+
+
+def read_top_service(conn: Connection, pool: str) -> float:
+    """The most service any tenant of the pool has received."""
+    top: float = conn.execute(
+        text("SELECT coalesce(max(service), 0) FROM tenant_counters WHERE pool = :pool"), {"pool": pool}
+    ).scalar_one()
+    return top
+
+
+def write_standings(conn: Connection, pool: str, standings: Sequence[Standing]) -> None:
+    """Lifts counters and notes who is backlogged, in tenant order. The caller holds its term."""
+    if not standings:
+        return
+    ordered = sorted(standings, key=lambda s: s.tenant.bytes)
+    conn.exec_driver_sql(
+        "INSERT INTO tenant_counters AS c (pool, tenant_id, service, is_backlogged)"
+        " SELECT %(pool)s, r.tenant, r.floor, r.flag FROM"
+        "  unnest(%(tenants)b::uuid[], %(floors)b::float8[], %(flags)b::bool[]) AS r(tenant, floor, flag)"
+        "  ORDER BY r.tenant"
+        " ON CONFLICT (pool, tenant_id) DO UPDATE SET service = greatest(c.service, excluded.service),"
+        "  is_backlogged = excluded.is_backlogged",
+        {
+            "pool": pool,
+            "tenants": [s.tenant for s in ordered],
+            "floors": [float(s.floor) for s in ordered],
+            "flags": [s.is_backlogged for s in ordered],
+        },
+    )
