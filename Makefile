@@ -1,0 +1,52 @@
+# The same targets at a desk and in CI. Every one sets up what it needs first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench compose clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Set-up is done once for each content of these files.
+STAMP := $(VENV)/set-up-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
+# More options for pytest: make test ARGS="-k sweep"
+ARGS ?=
+
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make the virtual environment from the lock: exact versions, once.
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@# Debian's python3 may come without ensurepip; its pip can then fill the environment from outside.
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@rm -f $(VENV)/set-up-*
+	@touch $@
+
+check: $(STAMP) ## Formatting, lint, types, import rules.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One thread of torch a test process: two of them share the machine.
+test: $(STAMP) ## All tests, on two processes: make test ARGS="-k sweep"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers included.
+	$(BIN)/medley demo
+
+bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
+	for figure in engine_cpu service; do $(BIN)/python -m "benchmarks.$$figure"; done
+
+compose: $(STAMP) ## Write compose.yaml anew from the table of processes.
+	$(BIN)/python -m medley.local.compose > compose.yaml
+
+clean: ## Remove the environment, caches and local data.
+	rm -rf $(VENV) .medley build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,118 @@
+"""`medley up` as a user has it: ready, a second one refused, processes replaced, stopped, killed, gone on with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import psycopg
+import pytest
+
+from medley.local.stack import LocalStack
+
+
+def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
+        time.sleep(0.02)
+
+
+def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _medley(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "medley", *args], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    with LocalStack(tmp_path_factory.mktemp("up") / "data", workers=2) as running:
+        yield running
+
+
+def test_it_is_ready_when_it_says_so(stack: LocalStack) -> None:
+    assert httpx.get(f"{stack.url}/readyz").status_code == 200
+    assert set(stack.pids()) == {"postgres", "redis", "api", "dispatcher", "tasks", "worker.0", "worker.1"}
+    assert f"| ready: {stack.url} " in stack.log_path.read_text()
+
+
+def test_a_second_one_on_the_same_folder_says_who_holds_it(stack: LocalStack) -> None:
+    refused = _medley("up", "--data-dir", str(stack.data_dir), "--port", "0")
+    assert refused.returncode == 1
+    assert f"in use by process {stack.supervisor_pid} since 20" in refused.stderr
+    assert httpx.get(f"{stack.url}/readyz").status_code == 200
+
+
+def test_tenants_add_prints_a_key_that_opens_the_api(stack: LocalStack) -> None:
+    made = _medley("tenants", "add", "acme", "--data-dir", str(stack.data_dir))
+    assert made.returncode == 0, made.stderr
+    for key, status in ((made.stdout.strip(), 200), (stack.add_tenant("globex"), 200), ("mk_wrong", 401)):
+        answer = httpx.get(f"{stack.url}/v1/tenant", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == status
+    assert _medley("tenants", "add", "No Such Name!", "--data-dir", str(stack.data_dir)).returncode == 2
+
+
+@pytest.mark.parametrize("name", ["api", "dispatcher", "tasks", "worker.0", "redis", "postgres"])
+def test_a_killed_process_is_replaced_and_the_api_gets_ready_again(stack: LocalStack, name: str) -> None:
+    before = stack.kill(name)
+    _wait(lambda: stack.pids().get(name, before) != before, f"another {name}")
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"{stack.url}/readyz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False  # cut in the middle by the kill
+
+    _wait(is_ready, "readiness")
+
+
+def test_only_the_api_listens_and_only_on_this_machine(stack: LocalStack) -> None:
+    for name, pid in stack.pids().items():
+        listening = [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {c.laddr.ip for c in listening} == ({"127.0.0.1"} if name == "api" else set())
+
+
+def test_killed_it_leaves_no_process_and_goes_on_with_its_data(tmp_path: Path) -> None:
+    first = LocalStack(tmp_path / "data")
+    first.start()
+    key = first.add_tenant("acme")
+    family = psutil.Process(first.supervisor_pid).children(recursive=True)
+    assert len(family) >= 6
+    first.kill_supervisor()
+    _wait(lambda: not _alive(family), "the end of every process")
+
+    with LocalStack(tmp_path / "data", workers=0) as second:
+        answer = httpx.get(f"{second.url}/v1/tenant", headers={"Authorization": f"Bearer {key}"})
+        assert answer.json()["name"] == "acme"
+        with psycopg.connect(second.database_url().replace("+psycopg", "")) as connection:
+            assert connection.execute("SHOW fsync").fetchone() == ("on",)
+
+
+def test_ctrl_c_stops_workers_first_and_leaves_nothing(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "data")
+    stack.start()
+    pids = stack.pids()
+    up = psutil.Process(stack.supervisor_pid)
+    family = up.children(recursive=True)
+    up.send_signal(signal.SIGINT)
+    gone: list[str] = []
+
+    def note_ends() -> bool:
+        gone.extend(n for n, pid in pids.items() if n not in gone and not psutil.pid_exists(pid))
+        return not up.is_running() or up.status() == psutil.STATUS_ZOMBIE
+
+    _wait(note_ends, "the end of medley up", 60)
+    note_ends()
+    assert stack.stop() == 0
+    assert _alive(family) == []
+    assert gone[0] == "worker.0"
+    assert gone.index("api") < gone.index("redis")
+    assert "has not stopped" not in stack.log_path.read_text()
