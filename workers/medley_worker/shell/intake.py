@@ -1,0 +1,146 @@
+"""Intake: ids from the inbox become jobs in the table, with their inputs, tokens and adapter's folder.
+
+One thread, one query a take. What cannot run for a reason of its own ends here, with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Connection
+
+from medley.db.ends import Result
+from medley.db.inputs import Assigned, fetch_inputs
+from medley.spec.errors import ErrorCode, JobError
+from medley.spec.jobs import JobState
+from medley.spec.wire import AdapterRef, JobKey, WorkItem
+from medley.store import Store, StoreError
+from medley_worker.shell.feed import Feed
+from medley_worker.shell.held import Held, HeldJobs, Phase
+from medley_worker.shell.inbox import Inbox
+from medley_worker.shell.results import Results
+from medley_worker.shell.text import TextCodec
+from medley_worker.shell.transactions import Outage, Transactions, Unreachable
+
+MAX_TAKE = 256  # ids of one query; with the longest prompts allowed their inputs are some tens of MB
+TURN_S = 1.0
+
+log = structlog.get_logger()
+
+
+class Intake:
+    """accepts: whether the worker takes jobs now. max_model_len: of the loaded engine, None before it is."""
+
+    def __init__(
+        self,
+        transactions: Transactions,
+        worker: UUID,
+        inbox: Inbox,
+        held: HeldJobs,
+        feed: Feed,
+        results: Results,
+        codec: TextCodec,
+        store: Store,
+        *,
+        accepts: Callable[[], bool],
+        max_model_len: Callable[[], int | None],
+    ) -> None:
+        self._transactions = transactions
+        self._worker = worker
+        self._inbox = inbox
+        self._held = held
+        self._feed = feed
+        self._results = results
+        self._preparation = Preparation(codec, store, max_model_len)
+        self._accepts = accepts
+        self._outage = Outage("fetching inputs")
+
+    def run(self) -> None:
+        """Take jobs in for ever, on a thread of its own."""
+        while True:
+            ids = self._inbox.take(MAX_TAKE, TURN_S)
+            if ids:
+                self._take(ids)
+
+    def _take(self, ids: list[UUID]) -> None:
+        # While the worker does not accept, the look for missed rows gives back what is assigned to it.
+        wanted = self._held.not_held(ids)
+        if not wanted or not self._accepts():
+            return
+
+        def fetch(conn: Connection) -> list[Assigned]:
+            return fetch_inputs(conn, self._worker, wanted)
+
+        try:
+            assigned = self._transactions.run(fetch)
+        except Unreachable as error:  # the look brings the ids again
+            self._outage.begin(error)
+            return
+        self._outage.end()
+        jobs, failures = self._preparation.prepare(assigned)
+        taken = {held.key for held in self._held.hold(jobs)}
+        self._results.put([failure for failure in failures if JobKey(failure.job, failure.attempt) in taken])
+        self._feed.offer()
+
+
+class Preparation:
+    """Turns inputs into what the engine takes. Without state of its own."""
+
+    def __init__(self, codec: TextCodec, store: Store, max_model_len: Callable[[], int | None]) -> None:
+        self._codec = codec
+        self._store = store
+        self._max_model_len = max_model_len
+
+    def prepare(self, assigned: Sequence[Assigned]) -> tuple[list[Held], list[Result]]:
+        """All jobs for the table, and the results of those among them (ENDING) that cannot run."""
+        texts = [job for job in assigned if job.prompt_token_ids is None]
+        tokens = dict(zip((job.job for job in texts), self._codec.encode([j.prompt or "" for j in texts]), strict=True))
+        jobs: list[Held] = []
+        failures: list[Result] = []
+        for job in assigned:
+            ids = tuple(tokens[job.job]) if job.prompt_token_ids is None else job.prompt_token_ids
+            ready = self._item(job, ids)
+            if isinstance(ready, JobError):
+                jobs.append(Held(JobKey(job.job, job.attempt), phase=Phase.ENDING))
+                failures.append(
+                    Result(
+                        job=job.job,
+                        attempt=job.attempt,
+                        state=JobState.FAILED,
+                        error=ready,
+                        prompt_tokens=len(ids),
+                    )
+                )
+            else:
+                jobs.append(Held(ready.key, ready, job.step_limit))
+        return jobs, failures
+
+    def _item(self, job: Assigned, ids: tuple[int, ...]) -> WorkItem | JobError:
+        longest = self._max_model_len()
+        if longest is not None and len(ids) + 1 > longest:
+            return JobError(
+                code=ErrorCode.PROMPT_TOO_LONG,
+                message=f"prompt: got {len(ids)} tokens, wanted at most {longest - 1}",
+            )
+        adapter = None
+        if job.revision is not None:
+            try:
+                path = self._store.path(job.digest or "")
+            except (StoreError, OSError) as error:
+                log.error("adapter.unavailable", job=job.job.hex, revision=job.revision.hex, reason=str(error))
+                return JobError(
+                    code=ErrorCode.ADAPTER_UNAVAILABLE,
+                    message=f"the files of adapter revision {job.revision.hex} are not in the worker's store",
+                )
+            adapter = AdapterRef(job.tenant, job.revision, str(path))
+        return WorkItem(
+            key=JobKey(job.job, job.attempt),
+            prompt_token_ids=ids,
+            adapter=adapter,
+            sampling=job.sampling,
+            checkpoint=job.checkpoint,
+            want_progress=bool(job.sampling.stop),
+            priority=job.priority,
+        )

@@ -1,0 +1,115 @@
+"""The look of each second: rows assigned to this worker that it does not hold, and held jobs that must not run on.
+
+This is what makes a lost message and a lost ring harmless. It owns its thread and no state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from medley.db import queue
+from medley.db.ends import Result
+from medley.db.flags import Flag, Flagged, flagged
+from medley.db.inputs import assigned
+from medley.spec.jobs import JobState
+from medley.spec.wire import Abort, JobKey, Release
+from medley_worker.shell.feed import Feed
+from medley_worker.shell.held import HeldJobs, Phase
+from medley_worker.shell.inbox import Inbox
+from medley_worker.shell.results import Results
+from medley_worker.shell.transactions import Outage, Transactions, Unreachable
+
+INTERVAL_S = 1.0
+
+_ENDS = {Flag.CANCEL: JobState.CANCELLED, Flag.EXPIRE: JobState.EXPIRED}
+
+
+class Watch:
+    """accepts: whether the worker takes jobs now; while it does not, what is assigned to it goes back."""
+
+    def __init__(
+        self,
+        transactions: Transactions,
+        worker: UUID,
+        inbox: Inbox,
+        held: HeldJobs,
+        feed: Feed,
+        results: Results,
+        *,
+        accepts: Callable[[], bool],
+    ) -> None:
+        self._transactions = transactions
+        self._worker = worker
+        self._inbox = inbox
+        self._held = held
+        self._feed = feed
+        self._results = results
+        self._accepts = accepts
+
+    def run(self) -> None:
+        """Look each second for ever, on a thread of its own."""
+        outage = Outage("looking for missed rows and flags")
+        while True:
+            try:
+                self.look()
+                outage.end()
+            except Unreachable as error:
+                outage.begin(error)
+            time.sleep(INTERVAL_S)
+
+    def look(self) -> None:
+        """One look. Raises `Unreachable` for what passes."""
+        rows, marks = self._transactions.run(self._read)
+        self._heed(marks)
+        marked = {mark.job for mark in marks}
+        missed = set(self._held.not_held(job for job, _ in rows)) - marked
+        if self._accepts():
+            self._inbox.put(missed)
+            return
+        self.give_back([JobKey(job, attempt) for job, attempt in rows if job in missed])
+        self.give_back_waiting()
+
+    def give_back_waiting(self) -> None:
+        """Release what waits outside the engine."""
+        self._release([held.key for held in self._held.end_waiting()])
+
+    def give_back(self, keys: Sequence[JobKey]) -> None:
+        """Release jobs that are not held, or wait."""
+        self._release([key for key in keys if self._held.end(key) is Phase.WAITING])
+
+    def _read(self, conn: Connection) -> tuple[list[tuple[UUID, int]], list[Flagged]]:
+        return assigned(conn, self._worker), flagged(conn, self._worker)
+
+    def _heed(self, marks: Sequence[Flagged]) -> None:
+        results: list[Result] = []
+        aborts: list[JobKey] = []
+        releases: list[JobKey] = []
+        requests: list[JobKey] = []
+        for mark in marks:
+            key = JobKey(mark.job, mark.attempt)
+            if mark.flag is Flag.RELEASE:
+                phase = self._held.ask_release(key)
+                if phase is not None:
+                    (requests if phase is Phase.IN_ENGINE else releases).append(key)
+                continue
+            phase = self._held.end(key)
+            if phase is not None:
+                # Without text and without usage: nothing of it is delivered, so nothing is billed.
+                results.append(Result(job=mark.job, attempt=mark.attempt, state=_ENDS[mark.flag]))
+                if phase is Phase.IN_ENGINE:
+                    aborts.append(key)
+        if aborts:
+            self._feed.send(Abort(tuple(aborts)))
+            self._feed.offer()
+        if requests:
+            self._feed.send(Release(tuple(requests)))
+        self._results.put(results)
+        self._release(releases)
+
+    def _release(self, keys: Sequence[JobKey]) -> None:
+        # Without a checkpoint: one that the job came with stays as it is.
+        self._results.put_back([queue.Release(job=key.job, attempt=key.attempt, checkpoint=None) for key in keys])
