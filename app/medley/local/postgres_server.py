@@ -147,32 +147,29 @@ class PostgresServer:
             raise RuntimeError(f"{Path(argv[0]).name} failed in {cwd}: {done.stderr.strip()[-2000:]}")
 
     def _await_previous(self) -> None:
-        """Remove postmaster.pid once no postmaster stands behind it.
+        """Remove postmaster.pid once no process of an earlier server is left.
 
-        We hold the data directory's lock, so such a server has lost its supervisor and is ending. A process
-        id alone says nothing, as ids come back after a restart of a container: what counts is its folder.
+        We hold the data directory's lock, so such a server has lost its supervisor or its postmaster and is
+        ending. The process id in that file says nothing, as ids come back after a restart of a container, and
+        sessions may outlive their postmaster by a moment: what counts is who stands in the folder.
         """
-        pid_file = self.pgdata / "postmaster.pid"
         deadline = time.monotonic() + _PREVIOUS_GRACE_S
-        while (pid := _postmaster_pid(pid_file)) is not None and self._runs_here(pid):
+        while (pid := self._process_here()) is not None:
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"a PostgreSQL that Medley did not start (process {pid}) runs on {self.pgdata}: stop it"
-                )
+                raise RuntimeError(f"process {pid} of another PostgreSQL still runs on {self.pgdata}: stop it")
             time.sleep(0.05)
-        pid_file.unlink(missing_ok=True)
+        (self.pgdata / "postmaster.pid").unlink(missing_ok=True)
 
-    def _runs_here(self, pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/cwd").samefile(self.pgdata)
-        except OSError:
-            return False
-
-
-def _postmaster_pid(pid_file: Path) -> int | None:
-    try:
-        return abs(int(pid_file.read_text().split("\n", 1)[0]))
-    except (FileNotFoundError, ValueError):
+    def _process_here(self) -> int | None:
+        """A process whose working directory is the data directory, as that of each of a server's is."""
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if (entry / "cwd").samefile(self.pgdata):
+                    return int(entry.name)
+            except OSError:
+                continue  # it has ended, or is another account's
         return None
 
 
