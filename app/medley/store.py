@@ -124,11 +124,10 @@ def _open_plain(path: Path) -> BinaryIO:
         number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UnreadableUpload(f"cannot open the uploaded weights {path.name}: {error.strerror}") from error
-    file = os.fdopen(number, "rb")
     if not stat.S_ISREG(os.fstat(number).st_mode):
-        file.close()
+        os.close(number)
         raise UnreadableUpload(f"the uploaded weights {path.name} are not a plain file")
-    return file
+    return os.fdopen(number, "rb")
 
 
 def _write_revision(config_bytes: bytes, source: BinaryIO, folder: Path) -> str:

@@ -39,6 +39,8 @@ def parse_id(prefix: str, text: str) -> UUID | None:
     if head != prefix or len(digits) != 32:
         return None
     try:
-        return UUID(hex=digits)
+        value = UUID(hex=digits)
     except ValueError:
         return None
+    # int() also reads blanks, signs, underscores and other scripts' digits; an id has one spelling.
+    return value if value.hex == digits else None

@@ -67,18 +67,40 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         want(self.top_k is None or 1 <= self.top_k < 2**31, "top_k", self.top_k, "1 or more, or null for all")
         want(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         number("min_p", 0, 1)
-        want(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "more than 0, at most 100")
+        want(
+            0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "more than 0, at most 100",
+        )
         number("presence_penalty", -2, 2)
         number("frequency_penalty", -2, 2)
-        want(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS} entries")
+        want(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            len(self.logit_bias),
+            f"at most {MAX_LOGIT_BIAS} entries",
+        )
         for token, bias in self.logit_bias.items():
-            want(0 <= token < 2**31 and -100 <= bias <= 100, f"logit_bias.{token}", bias, "a token id with a bias from -100 to 100")
+            want(
+                0 <= token < 2**31 and -100 <= bias <= 100,
+                f"logit_bias.{token}",
+                bias,
+                "a token id with a bias from -100 to 100",
+            )
         want(self.seed is None or 0 <= self.seed < SEED_LIMIT, "seed", self.seed, "0 to 2**63 - 1")
         want(len(self.stop) <= MAX_STOP, "stop", len(self.stop), f"at most {MAX_STOP} strings")
         for i, text in enumerate(self.stop):
             want(1 <= len(text) <= MAX_STOP_CHARS, f"stop[{i}]", text[:40], f"1 to {MAX_STOP_CHARS} characters")
-        want(len(self.stop_token_ids) <= MAX_STOP, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP} ids")
-        want(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids of 0 or more")
+        want(
+            len(self.stop_token_ids) <= MAX_STOP, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP} ids"
+        )
+        want(
+            all(0 <= t < 2**31 for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "token ids of 0 or more",
+        )
         return found
 
 
@@ -88,7 +110,9 @@ FIELDS = SamplingParams.__struct_fields__
 def parse_sampling(fields: Mapping[str, Any], at: str = "sampling") -> tuple[SamplingParams | None, list[Fault]]:
     """SamplingParams from decoded JSON. Returns (params, []) or (None, every fault). Unknown fields are faults."""
     faults = [
-        Fault(field=f"{at}.{name}", got=repr(value)[:80], wanted=f"no such field; the known ones are {', '.join(FIELDS)}")
+        Fault(
+            field=f"{at}.{name}", got=repr(value)[:80], wanted=f"no such field; the known ones are {', '.join(FIELDS)}"
+        )
         for name, value in fields.items()
         if name not in FIELDS
     ]

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 MAX_DEPTH = 16  # PEFT and Hugging Face configurations nest 3 deep
 
-# Strings are skipped whole, so that a bracket inside one does not count. Possessive, and with the closing
-# quote optional, so that one pass is linear whatever stands there.
-_DEPTH_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+# The next bracket or the end, past whole strings, so that a bracket inside one does not count. Possessive, with the
+# closing quote optional, and matching from wherever it is tried: so one pass is linear whatever stands there.
+_NEXT_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"?)*+([\[\]{}]|\Z)', re.DOTALL)
 
 
 def decode_strict(data: bytes, *, max_bytes: int) -> Any:
@@ -60,14 +60,11 @@ def shown_name(name: str) -> str:
 
 def _check_depth(data: bytes) -> None:
     depth = 0
-    for match in _DEPTH_TOKENS.finditer(data):
-        first = match[0][0]
-        if first in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"nested deeper than {MAX_DEPTH} at byte {match.start()}")
-        elif first in b"]}":
-            depth -= 1
+    for match in _NEXT_BRACKET.finditer(data):
+        if match[1]:
+            depth += 1 if match[1] in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} at byte {match.start(1)}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
