@@ -22,6 +22,8 @@ from medley_worker.ops.linear import MIN_BATCHED_ROWS, batched_product
 PREFILL_BLOCK = 16  # queries
 # Reading a prefix of the cache in place beats gathering pages while at most this share of it is read for nothing.
 PREFIX_WASTE = 1.25
+# A sum over an outer axis adds the columns past the last multiple of 32 (measured, AVX-512) in another order.
+SUM_COLUMNS = 64
 
 Ints = npt.NDArray[np.int64]
 
@@ -235,14 +237,16 @@ def _attend(blocks: Tensor, k_cache: Tensor, v_cache: Tensor, work: PageWork, wi
     tops = scores.amax(-1).view(items, -1).index_select(0, work.block_items)
     top = tops.view(num_blocks, max_pages, -1).amax(1)  # [N, Hkv * M]
     scores.sub_(top.index_select(0, work.item_block).view(-1, num_rows, 1)).exp_()
-    mass = _sum_pages(scores.sum(-1).view(items, -1), work, num_blocks)  # [N, Hkv * M]
-    y = _sum_pages(batched_product(scores, values).view(items, -1), work, num_blocks)
-    return y.view(num_blocks, num_kv_heads, num_rows, head_dim).div_(mass.view(num_blocks, num_kv_heads, num_rows, 1))
-
-
-def _sum_pages(parts: Tensor, work: PageWork, num_blocks: int) -> Tensor:
-    """Each block's items added in page order: [I, n] -> [N, n]. Padding adds zeros, which change no bits."""
-    taken = parts.index_select(0, work.block_items).view(num_blocks, -1, parts.shape[-1])
+    # Both sums lie side by side, so that one pass over the pages adds them: [M * D | M | unused] a head.
+    num_outputs = num_rows * head_dim
+    width = -(-(num_outputs + num_rows) // SUM_COLUMNS) * SUM_COLUMNS
+    parts = scores.new_empty((items * num_kv_heads, width))
+    batched_product(scores, values, out=parts[:, :num_outputs].view(-1, num_rows, head_dim))
+    torch.sum(scores, -1, out=parts[:, num_outputs : num_outputs + num_rows])
+    # Page by page. A page that pads a short block is a copy of its last, times 0: that changes no bits.
+    taken = parts.view(items, -1).index_select(0, work.block_items).view(num_blocks, max_pages, -1)
     if work.is_item is not None:
         taken.mul_(work.is_item)
-    return taken.sum(1)
+    total = taken.sum(1).view(num_blocks, num_kv_heads, width)
+    mass = total[:, :, num_outputs : num_outputs + num_rows].unsqueeze(-1)
+    return total[:, :, :num_outputs].view(num_blocks, num_kv_heads, num_rows, head_dim) / mass

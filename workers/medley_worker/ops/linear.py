@@ -17,6 +17,8 @@ from torch.nn import functional as F
 MIN_ROWS = 16  # 2 were enough where it was measured; 16 holds for the other weight order too
 MIN_BATCHED_ROWS = 2
 MAX_DEPTH = 512  # the largest K of one product
+# Below M x K x N = 400 torch's bmm takes a loop of its own (ATen LinearAlgebra.cpp), with other bits.
+MIN_BATCHED_VOLUME = 400
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +42,11 @@ def batched_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     out: written where given; it may be a slice along N of a larger tensor.
     """
     assert a.shape[1] >= MIN_BATCHED_ROWS, "a product of one row takes another path and gives other bits"
-    depth = a.shape[2]
+    num_rows, depth = a.shape[1:]
+    if num_rows * depth * b.shape[2] < MIN_BATCHED_VOLUME:
+        enough = -(-MIN_BATCHED_VOLUME // (depth * b.shape[2]))
+        y = torch.bmm(F.pad(a, (0, 0, 0, enough - num_rows)), b)[:, :num_rows]
+        return y.contiguous() if out is None else out.copy_(y)
     if depth <= MAX_DEPTH:
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     head_a, head_b = a[:, :, :MAX_DEPTH], b[:, :MAX_DEPTH]
