@@ -95,7 +95,9 @@ class PostgresServer:
         )
 
     def is_ready(self) -> bool:
-        """True where it accepts connections."""
+        """True where it accepts connections. While it starts it is not asked, as it would log each refusal."""
+        if not self._says_ready():
+            return False
         try:
             psycopg.connect(
                 host=str(self._data.sockets), user="medley_owner", dbname="medley", connect_timeout=2
@@ -103,6 +105,14 @@ class PostgresServer:
         except psycopg.OperationalError:
             return False
         return True
+
+    def _says_ready(self) -> bool:
+        """The eighth line of postmaster.pid is the server's state."""
+        try:
+            lines = (self.pgdata / "postmaster.pid").read_text().split("\n")
+        except FileNotFoundError:
+            return False
+        return len(lines) > 7 and lines[7].strip() == "ready"
 
     def _initialise(self) -> None:
         """initdb beside the final place, then rename: a half-made one is never taken for a whole one."""
