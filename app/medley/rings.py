@@ -47,7 +47,7 @@ class _Ring:
 @dataclass(frozen=True)
 class _Task:
     name: str
-    args: tuple[str, ...]
+    args: tuple[str | tuple[str, ...], ...]
     queue: str
 
 
@@ -72,7 +72,7 @@ class Ringer:
         """Wakes who waits for results of `batch`."""
         self.ring(DONE_CHANNEL, batch.hex)
 
-    def send_task(self, name: str, *args: str, queue: str = TASKS_QUEUE) -> None:
+    def send_task(self, name: str, *args: str | tuple[str, ...], queue: str = TASKS_QUEUE) -> None:
         """Sends a Celery message soon, or never: its due time in PostgreSQL sends it again."""
         self._put(_Task(name, args, queue))
 

@@ -1,0 +1,331 @@
+"""The dispatcher on real rows and a real Redis: it leads, claims, rings, takes back, wakes; and ends in good order."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+import redis
+from ledger import Ledger
+from sqlalchemy import text
+
+from medley.celery_app import worker_queue
+from medley.config import Settings
+from medley.db import batches
+from medley.db.connections import make_engine
+from medley.db.workers import WorkerState
+from medley.dispatcher.loop import Dispatcher
+from medley.dispatcher.policy import Rules
+from medley.rings import DONE_CHANNEL, Ringer, pool_channel
+
+
+def wait_until(holds: Callable[[], object], *, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+class Clock:
+    """A clock that a test moves, so that ticks need no waiting."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Stage:
+    """A ledger with dispatchers whose clock stands in the test's hand."""
+
+    def __init__(self, database: Any, redis_url: str) -> None:
+        self.ledger = Ledger(database)
+        self.clock = Clock()
+        self.redis = redis.Redis.from_url(redis_url)
+        self.settings = Settings(
+            database_url=database.url("medley_work"),
+            redis_url=redis_url,
+            store_url="file:///nowhere",
+            model=None,
+            pool=self.ledger.pool,
+            tick_s=20.0,  # of the stage's clock; terms last 60 s of the database's
+        )
+        self._ringer = Ringer(redis_url)
+        self._engines = [self.ledger.work]
+
+    def dispatcher(self, **rules: Any) -> Dispatcher:
+        engine = make_engine(self.settings.database_url, name="dispatcher", pool_size=1)
+        self._engines.append(engine)
+        return Dispatcher(engine, self.settings, self._ringer, rules=Rules(**rules), clock=self.clock)
+
+    def tick(self, dispatcher: Dispatcher) -> float:
+        """A turn after a whole tick has passed."""
+        self.clock.now += self.settings.tick_s
+        return dispatcher.tick()
+
+    def messages(self, worker: UUID) -> list[list[str]]:
+        """The ids of each message that waits in the worker's queue."""
+        found = []
+        for raw in self.redis.lrange(worker_queue(worker), 0, -1):
+            args, _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
+            found.append(args[0])
+        return found
+
+    def states(self) -> list[str]:
+        return sorted(row.state for row in self.ledger.jobs().values())
+
+    def desired(self, worker: UUID) -> str:
+        with self.ledger.working() as conn:
+            statement = text("SELECT desired_state FROM workers WHERE id = :id")
+            state: str = conn.execute(statement, {"id": worker}).scalar_one()
+        return state
+
+    def service(self, tenant: UUID) -> float:
+        with self.ledger.working() as conn:
+            statement = text("SELECT service FROM tenant_counters WHERE tenant_id = :id")
+            found: float = conn.execute(statement, {"id": tenant}).scalar_one()
+        return found
+
+    def close(self) -> None:
+        self._ringer.close()
+        self.redis.close()
+        for engine in self._engines:
+            engine.dispose()
+        self.ledger.close()
+
+
+@pytest.fixture
+def stage(module_database: Any, redis_url: str) -> Iterator[Stage]:
+    made = Stage(module_database, redis_url)
+    yield made
+    made.close()
+
+
+def test_waiting_jobs_become_a_workers_rows_and_messages_of_at_most_256_ids(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    worker = stage.ledger.start_worker(max_num_seqs=200)
+    stage.ledger.submit(tenant, [None] * 300)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    assert stage.states() == ["leased"] * 300
+    wait_until(lambda: len(stage.messages(worker)) == 2)
+    sent = [job for part in stage.messages(worker) for job in part]
+    assert sorted(sent) == sorted(job.hex for job in stage.ledger.jobs())
+    assert max(map(len, stage.messages(worker))) <= 256
+    stage.ledger.check()
+
+
+def test_a_claim_leaves_no_more_than_rows_and_backlog_with_a_worker(stage: Stage) -> None:
+    tenant, worker = stage.ledger.add_tenant(), stage.ledger.start_worker(max_num_seqs=8)
+    stage.ledger.submit(tenant, [None] * 40)
+    dispatcher = stage.dispatcher()
+    for _ in range(3):
+        look_in_s = dispatcher.tick()
+    assert stage.states().count("leased") == 16
+    assert look_in_s <= 0.1
+    held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
+    stage.ledger.complete(worker, held[:5])
+    dispatcher.tick()
+    assert stage.states().count("leased") == 16
+
+
+def test_a_sleeping_worker_is_woken_rung_and_used_once_it_is_active(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    worker = stage.ledger.start_worker(WorkerState.ASLEEP)
+    with stage.ledger.working() as conn:
+        conn.execute(text("UPDATE workers SET desired_state = 'asleep' WHERE id = :id"), {"id": worker})
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    assert stage.desired(worker) == "asleep"
+    stage.ledger.submit(tenant, [None])
+    dispatcher.tick()
+    assert stage.desired(worker) == "active"
+    assert stage.states() == ["queued"]
+    wait_until(lambda: stage.messages(worker) == [[]])
+    stage.ledger.renew(worker, WorkerState.ACTIVE)
+    dispatcher.tick()
+    assert stage.states() == ["leased"]
+
+
+def test_an_idle_worker_is_sent_to_sleep(stage: Stage) -> None:
+    worker = stage.ledger.start_worker()
+    dispatcher = stage.dispatcher(idle_sleep_s=30)
+    dispatcher.tick()
+    stage.tick(dispatcher)
+    assert stage.desired(worker) == "active"
+    stage.tick(dispatcher)
+    assert stage.desired(worker) == "asleep"
+
+
+def test_jobs_of_a_dead_worker_go_to_a_living_one(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    dead = stage.ledger.start_worker()
+    stage.ledger.submit(tenant, [None] * 5)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    living = stage.ledger.start_worker()
+    stage.ledger.lapse(dead)
+    stage.tick(dispatcher)
+    rows = stage.ledger.jobs().values()
+    assert {(row.state, row.worker_id, row.attempt) for row in rows} == {("leased", living, 2)}
+    stage.ledger.check()
+
+
+def test_only_one_leads_and_a_standby_follows_a_resignation_at_once(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker()
+    first, second = stage.dispatcher(), stage.dispatcher()
+    first.tick()
+    stage.ledger.submit(tenant, [None])
+    assert second.tick() == stage.settings.tick_s
+    assert (first.term, second.term) == (1, None)
+    assert stage.states() == ["queued"]
+    first.resign()
+    stage.tick(second)
+    assert (first.term, second.term) == (None, 2)
+    assert stage.states() == ["leased"]
+
+
+def test_a_leader_whose_term_ran_out_unnoticed_claims_nothing(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker()
+    stopped, second = stage.dispatcher(), stage.dispatcher()
+    stopped.tick()
+    with stage.ledger.working() as conn:
+        conn.execute(
+            text("UPDATE leaders SET until = clock_timestamp() WHERE pool = :pool"), {"pool": stage.ledger.pool}
+        )
+    second.tick()
+    stage.ledger.submit(tenant, [None])
+    stopped.tick()
+    assert stopped.term is None
+    assert stage.states() == ["queued"]
+    stage.tick(second)
+    assert second.term == 2
+    assert stage.states() == ["leased"]
+
+
+def test_jobs_past_their_deadline_expire_and_who_waits_for_them_is_rung(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    batch = stage.ledger.submit(tenant, [None] * 3)
+    stage.ledger.let_deadline_pass(batch)
+    with stage.redis.pubsub(ignore_subscribe_messages=True) as ear:
+        ear.subscribe(DONE_CHANNEL)
+        ear.get_message(timeout=5)
+        stage.dispatcher().tick()
+        assert stage.states() == ["expired"] * 3
+        heard: list[bytes] = []
+
+        def hears_it() -> bool:
+            message = ear.get_message(timeout=0.1)
+            heard.extend([message["data"]] if message else [])
+            return batch.hex.encode() in heard
+
+        wait_until(hears_it)
+    stage.ledger.check()
+
+
+def test_tenants_are_served_alike_however_much_one_asks_for(stage: Stage) -> None:
+    greedy, modest = stage.ledger.add_tenant(), stage.ledger.add_tenant()
+    worker = stage.ledger.start_worker(max_num_seqs=8)
+    for _ in range(4):
+        stage.ledger.submit(greedy, [None] * 50)
+    stage.ledger.submit(modest, [None] * 40)
+    dispatcher = stage.dispatcher()
+    for _ in range(4):
+        dispatcher.tick()
+        held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
+        stage.ledger.complete(worker, held, num_tokens=10)
+    ended = [row.tenant_id for row in stage.ledger.jobs().values() if row.state == "succeeded"]
+    assert abs(ended.count(greedy) - ended.count(modest)) <= 2
+    assert len(ended) == 64
+
+
+def test_a_tenant_that_slept_saves_up_no_service(stage: Stage) -> None:
+    steady, sleeper = stage.ledger.add_tenant(), stage.ledger.add_tenant()
+    stage.ledger.start_worker()
+    stage.ledger.submit(steady, [None] * 90)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    before = stage.service(steady)
+    assert before > 0
+    stage.ledger.submit(sleeper, [None] * 90)
+    dispatcher.tick()
+    assert stage.service(sleeper) >= before
+
+
+def test_a_high_priority_comes_first(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=2)
+    stage.ledger.submit(tenant, [None] * 10)
+    urgent = stage.ledger.submit(tenant, [None] * 4, priority=batches.HIGH)
+    stage.dispatcher().tick()
+    assert {row.batch_id for row in stage.ledger.jobs().values() if row.state == "leased"} == {urgent}
+
+
+def test_without_redis_jobs_are_claimed_all_the_same_and_as_fast(stage: Stage, embedded: Any) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=300)
+    stage.ledger.submit(tenant, [None] * 300)
+    dispatcher = stage.dispatcher()
+    embedded.stop("redis")
+    try:
+        began = time.monotonic()
+        dispatcher.tick()
+        assert time.monotonic() - began < 2
+    finally:
+        embedded.start_redis()
+    assert stage.states() == ["leased"] * 300
+
+
+@pytest.fixture
+def process(stage: Stage) -> Iterator[subprocess.Popen[bytes]]:
+    environ = os.environ | {
+        "MEDLEY_DATABASE_URL": stage.settings.database_url,
+        "MEDLEY_REDIS_URL": stage.settings.redis_url,
+        "MEDLEY_STORE_URL": stage.settings.store_url,
+        "MEDLEY_POOL": stage.ledger.pool,
+        "MEDLEY_TICK_S": "0.5",
+    }
+    program = "from medley.config import Settings; from medley.dispatcher.loop import run; run(Settings.from_env())"
+    with subprocess.Popen([sys.executable, "-c", program], env=environ) as running:
+        yield running
+        running.kill()
+
+
+@pytest.mark.faults
+def test_the_process_outlives_its_servers_and_resigns_on_sigterm(
+    stage: Stage, process: subprocess.Popen[bytes], embedded: Any
+) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=100)
+    stage.ledger.submit(tenant, [None] * 3)
+    wait_until(lambda: stage.states() == ["leased"] * 3)
+
+    embedded.kill("postgres")
+    embedded.stop("redis")
+    embedded.start_postgres()
+    embedded.start_redis()
+    stage.ledger.submit(tenant, [None] * 3)
+    wait_until(lambda: stage.states() == ["leased"] * 6)
+
+    # A ring comes sooner than a tick.
+    stage.ledger.submit(tenant, [None])
+    stage.redis.publish(pool_channel(stage.ledger.pool), "")
+    wait_until(lambda: stage.states() == ["leased"] * 7)
+
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 0
+    with stage.ledger.working() as conn:
+        statement = text("SELECT until <= clock_timestamp() FROM leaders WHERE pool = :pool")
+        assert conn.execute(statement, {"pool": stage.ledger.pool}).scalar_one()
