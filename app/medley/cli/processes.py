@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import os
-import socket
 import sys
 
 import click
@@ -18,30 +17,15 @@ from medley.config import ConfigError, Settings, database_url_from_env, log_form
 from medley.health import is_alive
 from medley.local.processes import Health, process
 
-# Requests that are still answered when the API is asked to stop; long polls are cut at this point.
-_API_DRAIN_S = 5
-
 
 @click.command()
 def api() -> None:
     """Run the HTTP API (as medley_api)."""
-    import uvicorn
-
-    from medley.api.app import create_app
+    from medley.api.server import serve
 
     settings = Settings.from_env()
     logs.configure("api", settings)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_API_DRAIN_S,
-    )
-    sockets = None if settings.listen_fd is None else [socket.socket(fileno=settings.listen_fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    serve(settings)
 
 
 @click.command()

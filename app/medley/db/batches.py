@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
+import os
+import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -84,9 +85,55 @@ FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(pro
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobColumns:
+    """Jobs as columns of equal length, the form in which they are written. `NewJob` says what each holds.
+
+    A column that is None is null in every row.
+    """
+
+    revisions: Sequence[UUID | None]
+    adapters: Sequence[str | None]
+    max_tokens: Sequence[int]
+    seeds: Sequence[int | None]
+    custom_ids: Sequence[str | None]
+    prompts: Sequence[str | None] | None = None
+    token_ids: Sequence[Sequence[int] | None] | None = None
+    samplings: Sequence[str | None] | None = None
+    retries: Sequence[UUID | None] | None = None
+    prompt_idx: Sequence[int | None] | None = None
+    column_idx: Sequence[int | None] | None = None
+    est_prompt_tokens: Sequence[int | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.max_tokens)
+
+
 def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False) -> list[UUID]:
     """Writes `jobs` (some thousands a call) and what they add to the demand. Returns their ids, in order."""
-    ids = [uuid7() for _ in jobs]
+    columns = JobColumns(
+        revisions=[j.revision for j in jobs],
+        adapters=[j.adapter for j in jobs],
+        max_tokens=[j.max_tokens for j in jobs],
+        seeds=[j.seed for j in jobs],
+        custom_ids=[j.custom_id for j in jobs],
+        prompts=[j.prompt for j in jobs],
+        token_ids=[j.prompt_token_ids for j in jobs],
+        samplings=[j.sampling for j in jobs],
+        retries=[j.retry_of for j in jobs],
+        prompt_idx=[j.prompt_idx for j in jobs],
+        column_idx=[j.column_idx for j in jobs],
+        est_prompt_tokens=[j.est_prompt_tokens for j in jobs],
+    )
+    ids = append_columns(conn, batch, columns, is_held=is_held)
+    if not is_held:
+        add_batch_demand(conn, batch, Counter(j.revision for j in jobs))
+    return ids
+
+
+def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False) -> list[UUID]:
+    """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order."""
+    ids = [uuid7() for _ in range(len(jobs))]
     shared: dict[str, Any] = {"tenant": batch.tenant, "batch": batch.id, "ids": ids}
     conn.exec_driver_sql(
         _INSERT_JOBS,
@@ -96,44 +143,62 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
             "held": is_held,
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
-            "revisions": [j.revision for j in jobs],
-            "est_tokens": [_estimate(j) for j in jobs],
+            "revisions": _whole(jobs.revisions),
+            "est_tokens": _estimates(jobs),
         },
     )
+    token_ids = _whole(jobs.token_ids)
     conn.exec_driver_sql(
         _INSERT_INPUTS,
         shared
         | {
-            "custom_ids": [j.custom_id for j in jobs],
-            "adapters": [j.adapter for j in jobs],
-            "prompts": [j.prompt for j in jobs],
-            "token_ids": [None if j.prompt_token_ids is None else array_literal(j.prompt_token_ids) for j in jobs],
-            "prompt_idx": [j.prompt_idx for j in jobs],
-            "column_idx": [j.column_idx for j in jobs],
-            "seeds": [secrets.randbelow(SEED_LIMIT) if j.seed is None else j.seed for j in jobs],
-            "samplings": [j.sampling for j in jobs],
-            "retries": [j.retry_of for j in jobs],
+            "custom_ids": _whole(jobs.custom_ids),
+            "adapters": _whole(jobs.adapters),
+            "prompts": _whole(jobs.prompts),
+            "token_ids": token_ids and [None if t is None else array_literal(t) for t in token_ids],
+            "prompt_idx": _whole(jobs.prompt_idx),
+            "column_idx": _whole(jobs.column_idx),
+            "seeds": _seeds(jobs.seeds),
+            "samplings": _whole(jobs.samplings),
+            "retries": _whole(jobs.retries),
         },
     )
-    if not is_held:
-        lanes: Counter[UUID | None] = Counter(j.revision for j in jobs)
-        add_demand(
-            conn,
-            batch.pool,
-            [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in lanes.items()],
-        )
     return ids
 
 
-def _estimate(job: NewJob) -> int:
-    """prompt + 2 x expected output tokens; text is taken at 4 bytes a token until it is tokenised."""
-    if job.est_prompt_tokens is not None:
-        num_prompt = job.est_prompt_tokens
-    elif job.prompt_token_ids is not None:
-        num_prompt = len(job.prompt_token_ids)
-    else:
-        num_prompt = len(job.prompt or "") // 4 + 1
-    return num_prompt + 2 * job.max_tokens
+def add_batch_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
+    """Adds jobs a revision (None: the base) to the demand. Rows of it stay locked until the commit, so last."""
+    changes = [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in num_jobs.items()]
+    add_demand(conn, batch.pool, changes)
+
+
+def _whole(column: Sequence[Any] | None) -> list[Any] | None:
+    """The column, or None (which unnest pads with nulls) where nothing is in it."""
+    if column is None or all(value is None for value in column):
+        return None
+    return list(column)
+
+
+def _seeds(seeds: Sequence[int | None]) -> list[int]:
+    """Seeds, drawn where there is none."""
+    drawn = struct.unpack(f"={len(seeds)}Q", os.urandom(8 * len(seeds)))
+    return [d % SEED_LIMIT if s is None else s for s, d in zip(seeds, drawn, strict=True)]
+
+
+def _estimates(jobs: JobColumns) -> list[int]:
+    """prompt + 2 x expected output tokens a job; text is taken at 4 bytes a token until it is tokenised."""
+    num = len(jobs)
+    rows = zip(
+        jobs.est_prompt_tokens or [None] * num,
+        jobs.token_ids or [None] * num,
+        jobs.prompts or [None] * num,
+        jobs.max_tokens,
+        strict=True,
+    )
+    return [
+        (est if est is not None else len(ids) if ids is not None else len(prompt or "") // 4 + 1) + 2 * max_tokens
+        for est, ids, prompt, max_tokens in rows
+    ]
 
 
 def close_batch(conn: Connection, batch: UUID, total: int) -> None:
@@ -158,6 +223,14 @@ def list_batches(conn: Connection, *, before: UUID | None, limit: int) -> Sequen
     """The caller's batches, newest first."""
     statement = _READ_BATCHES.format_where(
         "(CAST(:before AS uuid) IS NULL OR b.id < CAST(:before AS uuid)) ORDER BY b.id DESC LIMIT :limit"
+    )
+    return conn.execute(statement, {"before": before, "limit": limit}).all()
+
+
+def list_sweeps(conn: Connection, *, before: UUID | None, limit: int) -> Sequence[Row[Any]]:
+    """The caller's batches that are sweeps, newest first."""
+    statement = _READ_BATCHES.format_where(
+        "s.id IS NOT NULL AND (CAST(:before AS uuid) IS NULL OR b.id < :before) ORDER BY b.id DESC LIMIT :limit"
     )
     return conn.execute(statement, {"before": before, "limit": limit}).all()
 
@@ -208,3 +281,9 @@ _READ_RESULTS = text(
 def read_results(conn: Connection, batch: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
     """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none."""
     return conn.execute(_READ_RESULTS, {"batch": batch, "after": after, "limit": limit}).all()
+
+
+def read_job_ids(conn: Connection, batch: UUID, limit: int) -> list[UUID]:
+    """The first `limit` jobs of a batch in the order in which they were made."""
+    statement = "SELECT job_id FROM job_inputs WHERE batch_id = :batch ORDER BY job_id LIMIT :limit"
+    return list(conn.execute(text(statement), {"batch": batch, "limit": limit}).scalars())

@@ -60,6 +60,12 @@ def find_sweep(conn: Connection, name: str) -> Row[Any] | None:
     return conn.execute(text("SELECT * FROM sweeps WHERE name = :name"), {"name": name}).one_or_none()
 
 
+def read_columns(conn: Connection, sweep: UUID) -> Sequence[Row[Any]]:
+    """(column_idx, adapter, revision_id) of a sweep, in order."""
+    statement = "SELECT column_idx, adapter, revision_id FROM sweep_columns WHERE sweep_id = :id ORDER BY column_idx"
+    return conn.execute(text(statement), {"id": sweep}).all()
+
+
 def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
     """Writes batch, sweep, prompts and columns in one transaction. Raises IntegrityError for a name that is taken."""
     open_batch(conn, batch, total=sweep.num_cells)

@@ -1,0 +1,37 @@
+"""The application: routers, middleware and the life of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from medley.api import adapters, batches, errors, health, jobs, reports, results, sweeps, tenants, workers
+from medley.api.limits import BodyLimit
+from medley.api.services import Services
+from medley.config import Settings
+
+ROUTERS = (health, tenants, jobs, batches, results, adapters, sweeps, reports, workers)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service of one process. `app.state.services` is there while it runs. Opens nothing before."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = Services(settings)
+        app.state.services = services
+        services.hub.start()
+        try:
+            yield
+        finally:
+            await services.close()
+
+    # Bodies are decoded by msgspec, so FastAPI has no schema of them to show.
+    app = FastAPI(title="Medley", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(BodyLimit, limits=settings.limits)
+    errors.install(app)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,81 @@
+"""Creates of jobs: one transaction that claims the key, writes the batch and its jobs, and adds the demand last.
+
+Knows bodies and rows; the shape of the request (one job, an array, a file of lines) is its callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from medley.api.errors import InvalidRequest
+from medley.api.idempotency import Create
+from medley.api.job_columns import JobReader
+from medley.db.batches import (
+    JobColumns,
+    NewBatch,
+    add_batch_demand,
+    append_columns,
+    close_batch,
+    open_batch,
+    read_job_ids,
+)
+from medley.db.tenants import Tenant
+from medley.spec.errors import Fault
+from medley.spec.ids import uuid7
+
+MAX_LISTED_IDS = 10_000  # job ids in the answer to a create; larger batches are joined by custom_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    name: str | None
+    priority: int
+    deadline_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Created:
+    """`job_ids` in the order sent; None where there are more than `MAX_LISTED_IDS`."""
+
+    batch: UUID
+    job_ids: list[UUID] | None
+    is_replay: bool
+
+
+def create_jobs(
+    conn: Connection,
+    tenant: Tenant,
+    pool: str,
+    create: Create,
+    options: BatchOptions,
+    reader: JobReader,
+    chunks: Iterable[list[JobColumns]],
+) -> Created:
+    """Writes the batch that `chunks` hold, or finds the one that this request has made.
+
+    Raises InvalidRequest with the faults of every job, and KeyConflict; then nothing of the transaction may stand.
+    """
+    batch = NewBatch(uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at)
+    existing = create.claim(conn, tenant.id, batch.id)
+    if existing is not None:
+        ids = read_job_ids(conn, existing, MAX_LISTED_IDS + 1)
+        return Created(existing, ids if len(ids) <= MAX_LISTED_IDS else None, is_replay=True)
+    open_batch(conn, batch)
+    ids = []
+    for columns in (part for chunk in chunks for part in chunk):
+        # After the first fault the rest is only judged.
+        if not reader.faults:
+            written = append_columns(conn, batch, columns)
+            if len(ids) <= MAX_LISTED_IDS:
+                ids += written
+    if reader.num_jobs == 0 and not reader.faults:
+        raise InvalidRequest.of([Fault(field="jobs", got="no job", wanted="at least one")])
+    reader.faults.raise_any()
+    close_batch(conn, batch.id, reader.num_jobs)
+    add_batch_demand(conn, batch, reader.lanes)
+    return Created(batch.id, ids if reader.num_jobs <= MAX_LISTED_IDS else None, is_replay=False)

@@ -1,0 +1,155 @@
+"""What a stranger sent, decoded into typed values with every fault at once: JSON objects and query strings.
+
+The whole is decoded in one go first; only where that fails is it taken apart, field by field, to name each fault.
+Depth is bounded by the decoder, sizes by the body limit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.datastructures import QueryParams
+
+from medley.api.errors import FaultList, InvalidRequest
+from medley.spec.errors import Fault
+
+MAX_SHOWN = 80  # characters of a wrong value in a fault
+
+S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
+
+# msgspec ends its messages with where in the value it was: "Expected `int`, got `str` - at `$.a[3]`".
+_PLACE = re.compile(r" - at `\$?([^`]*)`$")
+Data = bytes | bytearray | memoryview | msgspec.Raw
+DECODE_ERRORS = (ValueError, RecursionError)  # msgspec's errors and a bad UTF-8 sequence are ValueErrors
+
+
+@dataclass
+class Partial(Generic[S]):
+    """An object of which some fields may be unusable: `value` has the others, `bad` names those."""
+
+    value: S | None
+    faults: list[Fault] = field(default_factory=list)
+    bad: frozenset[str] = frozenset()
+
+
+def decode_fields(data: Data, kind: type[S], *, unknown: dict[str, str] | None = None) -> Partial[S]:
+    """A JSON object as `kind`. `unknown` says what is wanted instead of certain unknown fields.
+
+    Where fields are faulty the value has their defaults, and is None where one without a default is faulty.
+    """
+    try:
+        return Partial(msgspec.json.decode(data, type=kind))
+    except DECODE_ERRORS:
+        pass
+    try:
+        raw = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except DECODE_ERRORS as error:
+        return Partial(None, [Fault(field="body", got=shown(data), wanted=f"a JSON object: {reason(error)}")])
+    known = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    faults = [_unknown(name, value, known, unknown or {}) for name, value in raw.items() if name not in known]
+    values: dict[str, Any] = {}
+    bad: set[str] = {name for name in raw if name not in known}
+    for name, spec in known.items():
+        if name in raw:
+            try:
+                values[spec.name] = msgspec.json.decode(raw[name], type=spec.type)
+            except DECODE_ERRORS as error:
+                faults.append(_mistyped(name, raw[name], error))
+                bad.add(name)
+        elif spec.required:
+            faults.append(Fault(field=name, got="nothing", wanted="this field"))
+            bad.add(name)
+    missing = any(spec.required and spec.name not in values for spec in known.values())
+    return Partial(None if missing else kind(**values), faults, frozenset(bad))
+
+
+def decode_body(data: Data, kind: type[S]) -> S:
+    """A JSON object as `kind`. Raises InvalidRequest with every fault."""
+    found = decode_fields(data, kind)
+    if found.faults or found.value is None:
+        raise InvalidRequest.of(found.faults)
+    return found.value
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with JSON, in few words."""
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
+
+
+def shown(data: Data) -> str:
+    """The beginning of what was sent."""
+    return bytes(memoryview(data)[: 4 * MAX_SHOWN]).decode(errors="replace")[:MAX_SHOWN] or "nothing"
+
+
+def _unknown(name: str, value: msgspec.Raw, known: Iterable[str], instead: dict[str, str]) -> Fault:
+    wanted = instead.get(name) or f"no such field; the known ones are {', '.join(known)}"
+    return Fault(field=name[:200], got=shown(value), wanted=wanted)
+
+
+def _mistyped(name: str, value: msgspec.Raw, error: Exception) -> Fault:
+    message = reason(error)
+    place = _PLACE.search(message)
+    where = place[1] if place else ""
+    return Fault(field=f"{name}{where}", got=shown(value), wanted=_PLACE.sub("", message))
+
+
+class Query:
+    """The query string, taken parameter by parameter; what is wrong or left over is refused together."""
+
+    def __init__(self, request: Request) -> None:
+        self._left: QueryParams = request.query_params
+        self._taken: set[str] = set()
+        self.faults = FaultList()
+
+    def text(self, name: str) -> str | None:
+        """An absent or empty parameter is None."""
+        self._taken.add(name)
+        return self._left.get(name) or None
+
+    def whole(self, name: str, default: int, *, low: int, high: int) -> int:
+        value = self.typed(name, int, f"a whole number from {low} to {high}")
+        if value is None:
+            return default
+        if not low <= value <= high:
+            self.refuse(name, f"a whole number from {low} to {high}")
+            return default
+        return value
+
+    def seconds(self, name: str, *, high: float) -> float:
+        """Seconds from 0 to `high`; 0 where absent."""
+        wanted = f"seconds from 0 to {high:g}"
+        value = self.typed(name, float, wanted)
+        if value is None:
+            return 0.0
+        if not 0 <= value <= high:
+            self.refuse(name, wanted)
+            return 0.0
+        return value
+
+    def typed(self, name: str, kind: type[T], wanted: str) -> T | None:
+        """The parameter as `kind` (what msgspec makes of its text)."""
+        value = self.text(name)
+        if value is None:
+            return None
+        try:
+            return msgspec.convert(value, kind, strict=False)
+        except msgspec.ValidationError:
+            self.refuse(name, wanted)
+            return None
+
+    def refuse(self, name: str, wanted: str) -> None:
+        self.faults.add(Fault(field=name, got=repr(self._left.get(name))[:MAX_SHOWN], wanted=wanted))
+
+    def end(self) -> None:
+        """Raises InvalidRequest with every fault, unknown parameters among them."""
+        for name in self._left:
+            if name not in self._taken:
+                wanted = f"no such parameter; the known ones are {', '.join(sorted(self._taken)) or 'none'}"
+                self.faults.add(Fault(field=name[:200], got=self._left[name][:MAX_SHOWN], wanted=wanted))
+        self.faults.raise_any()

@@ -1,0 +1,128 @@
+"""The body of one job: its fields, and what must hold of their values beyond their types.
+
+Owns the rules for prompts, labels and sampling; `job_columns` applies them to thousands of jobs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from operator import attrgetter
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from medley.api.decoding import MAX_SHOWN, Data, Partial, decode_fields
+from medley.config import Limits
+from medley.spec.errors import Fault
+from medley.spec.sampling import SamplingParams
+
+MAX_LABEL_CHARS = 200  # of custom_id, and of names
+TOKEN_ID_BYTES = 4  # a prompt of ids counts as many bytes towards the limit on prompts
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Priority = Annotated[str, msgspec.Meta(pattern="^(low|normal|high)$")]
+At = Annotated[datetime, msgspec.Meta(tz=True)]
+
+SEED = "seed"
+_SAMPLING = tuple(f for f in msgspec.structs.fields(SamplingParams) if f.name != SEED)
+SAMPLING_NAMES = tuple(f.name for f in _SAMPLING)
+
+# Flat sampling fields, taken from SamplingParams so that the two cannot drift; absent is not null here.
+_sampling_fields: list[tuple[str, Any, Any]] = [(f.name, f.type | UnsetType, UNSET) for f in _SAMPLING]
+_options: dict[str, Any] = {"kw_only": True, "forbid_unknown_fields": True, "module": __name__}
+
+# Any is what defstruct can promise: the fields of the four bodies are listed here.
+SamplingFields: Any = msgspec.defstruct(
+    "SamplingFields", [*_sampling_fields, (SEED, int | None | UnsetType, UNSET)], **_options
+)
+# `adapter`: absent takes the batch's default, null is the base.
+Defaults: Any = msgspec.defstruct(
+    "Defaults", [("adapter", str | None | UnsetType, UNSET)], bases=(SamplingFields,), **_options
+)
+JobBody: Any = msgspec.defstruct(
+    "JobBody",
+    [
+        ("prompt", str | None, None),
+        ("prompt_token_ids", list[TokenId] | None, None),
+        ("custom_id", str | None, None),
+    ],
+    bases=(Defaults,),
+    gc=False,  # bodies hold no cycles, and there may be a million
+    **_options,
+)
+# A job by itself carries what else its batch would.
+SingleJob: Any = msgspec.defstruct(
+    "SingleJob",
+    [("priority", Priority, "normal"), ("deadline_at", At | None, None)],
+    bases=(JobBody,),
+    **_options,
+)
+
+sampling_key = attrgetter(*SAMPLING_NAMES)
+
+_ON_BATCH = "no such field of a job in a batch: set it on the batch"
+_OF_BATCH = {"priority": _ON_BATCH, "deadline_at": _ON_BATCH, "sampling": "its fields beside prompt, not nested"}
+
+
+def decode_job(data: Data) -> Partial[Any]:
+    """One job of a batch."""
+    return decode_fields(data, JobBody, unknown=_OF_BATCH)
+
+
+def prompt_faults(prompt: str | None, token_ids: list[int] | None, limits: Limits) -> Iterator[Fault]:
+    """What is wrong with a prompt given as text or as ids."""
+    if (prompt is None) == (token_ids is None):
+        got = "neither" if prompt is None else "both"
+        yield Fault(field="prompt", got=got, wanted="one of prompt and prompt_token_ids")
+    if prompt is not None:
+        num_bytes = len(prompt.encode())
+        if not 1 <= num_bytes <= limits.max_prompt_bytes:
+            wanted = f"1 to {limits.max_prompt_bytes} bytes of UTF-8"
+            yield Fault(field="prompt", got=f"{num_bytes} bytes", wanted=wanted)
+        if "\0" in prompt:
+            yield Fault(field="prompt", got="a NUL character", wanted="text without NUL")
+    most_ids = limits.max_prompt_bytes // TOKEN_ID_BYTES
+    if token_ids is not None and not 1 <= len(token_ids) <= most_ids:
+        yield Fault(field="prompt_token_ids", got=f"{len(token_ids)} ids", wanted=f"1 to {most_ids} ids")
+
+
+def label_faults(field: str, label: str | None) -> Iterator[Fault]:
+    """What is wrong with a short text that the tenant chose."""
+    if label is None:
+        return
+    if not 1 <= len(label) <= MAX_LABEL_CHARS:
+        yield Fault(field=field, got=f"{len(label)} characters", wanted=f"1 to {MAX_LABEL_CHARS} characters")
+    if "\0" in label:
+        yield Fault(field=field, got="a NUL character", wanted="text without NUL")
+
+
+def given(fields: Any, names: tuple[str, ...] = SAMPLING_NAMES) -> dict[str, Any]:
+    """Those of `names` that were sent."""
+    return {name: value for name in names if (value := getattr(fields, name)) is not UNSET}
+
+
+def judge_sampling(values: Mapping[str, Any]) -> tuple[SamplingParams, list[Fault]]:
+    """Sampling of typed values, with every fault; fields are named flat, as they were sent."""
+    params = SamplingParams(**values)
+    faults = [msgspec.structs.replace(f, field=f.field[1:]) for f in params.faults("")]
+    faults += [
+        Fault(field="stop", got="a NUL character", wanted="text without NUL") for text in params.stop if "\0" in text
+    ]
+    return params, faults
+
+
+def sampling_json(params: SamplingParams) -> str:
+    """As it is stored: without the seed, which has a column, and always with max_tokens, which SQL reads."""
+    fields = msgspec.to_builtins(msgspec.structs.replace(params, seed=None), str_keys=True)
+    return msgspec.json.encode({"max_tokens": params.max_tokens, **fields}).decode()
+
+
+def seed_of(fields: Any, default: int | None) -> int | None:
+    """The seed of a body, else the batch's; None draws one."""
+    return default if fields.seed is UNSET else fields.seed
+
+
+def shown_value(value: object) -> str:
+    return repr(value)[:MAX_SHOWN]

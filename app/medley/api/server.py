@@ -1,0 +1,52 @@
+"""The API's process: uvicorn around the application, and a stop that keeps nobody waiting."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from medley.api.app import create_app
+from medley.config import Settings
+
+GRACE_S = 8  # for requests that run when the process is asked to stop
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Lets waiters go when asked to stop: each answers with the present state."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.services.hub.release_all()
+        await super().shutdown(sockets)
+
+
+def make_server(settings: Settings) -> uvicorn.Server:
+    """The server, not yet started; `run(sockets)` serves until SIGTERM, SIGINT or `should_exit`."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return _Server(config, app)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until it is asked to stop, on `settings.listen_fd` where a supervisor hands one down."""
+    fd = settings.listen_fd
+    make_server(settings).run(None if fd is None else [socket.socket(fileno=fd)])
