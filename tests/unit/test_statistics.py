@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medley.client.statistics import AdapterScore, score_adapter, wilson
+from medley.spec.statistics import wilson
 
 
 @pytest.mark.parametrize(
@@ -44,28 +44,3 @@ def test_nothing_says_nothing() -> None:
 def test_counts_that_cannot_be_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match=f"got {successes} of {n}"):
         wilson(successes, n)
-    with pytest.raises(ValueError, match="got"):
-        score_adapter("acme/reverse", n, successes)
-
-
-def test_a_score_has_the_base_beside_it() -> None:
-    low, high = wilson(19, 20)
-    assert score_adapter("acme/reverse", 20, 19, base_num_correct=1) == AdapterScore(
-        adapter="acme/reverse",
-        num_jobs=20,
-        num_correct=19,
-        accuracy=0.95,
-        low=low,
-        high=high,
-        base_num_correct=1,
-        base_accuracy=0.05,
-    )
-
-
-def test_a_score_without_jobs_or_without_the_base_claims_nothing() -> None:
-    score = score_adapter("acme/reverse", 0, 0, base_num_correct=0)
-    assert (score.accuracy, score.base_accuracy) == (None, None)
-    score = score_adapter("acme/reverse", 20, 20)
-    assert (score.accuracy, score.base_num_correct, score.base_accuracy) == (1.0, None, None)
-    with pytest.raises(ValueError, match="base_num_correct"):
-        score_adapter("acme/reverse", 20, 20, base_num_correct=21)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from uuid import UUID
 
 import msgspec
@@ -15,8 +14,7 @@ from medley.api.shapes import Batch, answer, sweep_of
 from medley.api.sweeps import with_sweep
 from medley.db.batches import read_batch
 from medley.db.sweeps import report
-
-Z_95 = 1.959964  # the standard normal's 97.5 % point
+from medley.spec.statistics import wilson
 
 router = APIRouter(prefix="/v1/sweeps")
 
@@ -60,7 +58,7 @@ def _report(conn: Connection, sweep: UUID) -> Report:
         keys = base.keys() if row.adapter is None else {"", row.adapter}
         base_scored = sum(base.get(key, (0, 0))[0] for key in keys)
         base_correct = sum(base.get(key, (0, 0))[1] for key in keys)
-        low, high = wilson(row.num_correct, row.num_scored)
+        low, high = wilson(row.num_correct, row.num_scored) if row.num_scored else (None, None)
         columns.append(
             Column(
                 adapter=row.adapter,
@@ -83,14 +81,3 @@ def _report(conn: Connection, sweep: UUID) -> Report:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def wilson(num_correct: int, num_scored: int) -> tuple[float | None, float | None]:
-    """The 95 % score interval of a share (Wilson 1927); (None, None) of nothing."""
-    if num_scored == 0:
-        return None, None
-    share, z2 = num_correct / num_scored, Z_95**2
-    middle = share + z2 / (2 * num_scored)
-    spread = Z_95 * math.sqrt(share * (1 - share) / num_scored + z2 / (4 * num_scored**2))
-    scale = 1 + z2 / num_scored
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
