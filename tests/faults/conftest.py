@@ -1,0 +1,37 @@
+"""Starts whole stacks of real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stacks import ASSETS, LEASE_S, TICK_S, Service
+
+from medley.client import Client
+from medley.db.connections import make_engine
+from medley.demo.skills import SKILLS
+from medley.local.stack import LocalStack
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts a stack with the demo's model, a tenant and six of its adapters."""
+    started: list[Service] = []
+
+    def start(*, workers: int = 1, **environ: str) -> Service:
+        settings = {"MEDLEY_LEASE_S": str(LEASE_S), "MEDLEY_TICK_S": str(TICK_S), "MEDLEY_MAX_NUM_SEQS": "16"}
+        stack = LocalStack(tmp_path / "data", model=ASSETS / "model", workers=workers, environ=settings | environ)
+        stack.start()
+        client = Client(stack.url, stack.add_tenant("acme"))
+        service = Service(stack, client, make_engine(stack.database_url("medley_work"), name="audit"))
+        started.append(service)
+        for skill in SKILLS[:6]:
+            client.adapters.add(skill.name, ASSETS / "adapters" / skill.name)
+        return service
+
+    yield start
+    for service in started:
+        service.client.close()
+        service.engine.dispose()
+        service.stack.stop()

@@ -1,0 +1,115 @@
+"""A stack of real processes as a scenario sees it, its load, and the audit that every scenario ends with."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, text
+
+import medley
+from medley.client import Batch, Client
+from medley.db.connections import transaction
+from medley.demo.skills import SKILLS
+from medley.local.stack import LocalStack
+
+ASSETS = Path(medley.__file__).parent / "demo" / "assets"
+LEASE_S, TICK_S = 2.0, 0.5
+NOISE_S = 4.0  # what two loaded cores may add to any bound
+
+
+@dataclass
+class Service:
+    """A running stack with a tenant, its client, and a look behind the scenes."""
+
+    stack: LocalStack
+    client: Client
+    engine: Engine
+
+    def scalar(self, statement: str, **parameters: object) -> int:
+        with transaction(self.engine) as conn:
+            return int(conn.execute(text(statement), parameters).scalar_one())
+
+    def wait_until(self, what: str, holds: Callable[[], bool], timeout_s: float = 60.0) -> float:
+        """Polls until `holds`; returns the seconds it took."""
+        started = time.monotonic()
+        while not holds():
+            assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s} s\n{self.tail()}"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def wait_progress(self, batch: Batch, share: float) -> None:
+        """Until this share of the batch has ended."""
+        self.wait_until(
+            f"{share:.0%} of {batch.id}", lambda: (c := batch.refresh().counts).ended >= share * c.total, 120
+        )
+
+    def tail(self) -> str:
+        return self.stack.log_path.read_text()[-6000:]
+
+
+def sweep_jobs(seed: int, num_jobs: int) -> list[dict[str, object]]:
+    """Jobs of mixed adapters and lengths, the base among them."""
+    rng = random.Random(seed)
+    adapters = [*(skill.name for skill in SKILLS[:6]), None]
+    return [
+        {
+            "prompt": "".join(rng.choices("abcdefgh", k=rng.randint(3, 20))) + "=",
+            "custom_id": str(i),
+            "max_tokens": rng.randint(8, 48),
+            "ignore_eos": True,
+            "temperature": rng.choice([0.0, 1.0]),
+            "seed": i,
+        }
+        | ({"adapter": adapter} if (adapter := rng.choice(adapters)) else {})
+        for i in range(num_jobs)
+    ]
+
+
+_AUDIT = {
+    "jobs that have not ended": "SELECT count(*) FROM jobs WHERE state IN ('queued', 'leased')",
+    "ended jobs without their one result": (
+        "SELECT count(*) FROM jobs j LEFT JOIN job_results r ON r.job_id = j.id"
+        " WHERE r.job_id IS NULL OR r.state <> j.state"
+    ),
+    "batches whose counts differ from a recount": (
+        "SELECT count(*) FROM batches b JOIN LATERAL ("
+        "  SELECT count(*) AS total, count(*) FILTER (WHERE state = 'succeeded') AS succeeded,"
+        "   count(*) FILTER (WHERE state = 'failed') AS failed,"
+        "   count(*) FILTER (WHERE state = 'cancelled') AS cancelled,"
+        "   count(*) FILTER (WHERE state = 'expired') AS expired FROM jobs j WHERE j.batch_id = b.id) c ON true"
+        " WHERE (b.total, b.succeeded, b.failed, b.cancelled, b.expired)"
+        "  IS DISTINCT FROM (c.total, c.succeeded, c.failed, c.cancelled, c.expired)"
+    ),
+    "batches whose usage differs from a recount": (
+        "SELECT count(*) FROM batches b JOIN LATERAL ("
+        "  SELECT coalesce(sum(r.prompt_tokens), 0) AS prompt, coalesce(sum(r.completion_tokens), 0) AS completion,"
+        "   coalesce(sum(cardinality(r.token_ids)), 0) AS tokens FROM job_results r WHERE r.batch_id = b.id) u ON true"
+        " WHERE b.prompt_tokens <> u.prompt OR b.completion_tokens <> u.completion OR u.completion <> u.tokens"
+    ),
+    "result numbers over the batch's last": (
+        "SELECT count(*) FROM job_results r JOIN batches b ON b.id = r.batch_id WHERE r.seq > b.last_seq OR r.seq < 1"
+    ),
+    "batches that ended and do not say so": "SELECT count(*) FROM batches WHERE finished_at IS NULL",
+    "demand that nothing waits for": "SELECT count(*) FROM demand WHERE num_queued <> 0",
+    "checkpoints that nothing will read": "SELECT count(*) FROM checkpoints",
+}
+
+
+def audit(conn: Connection) -> None:
+    """Every job has exactly one result; counts, usage and demand equal a recount."""
+    faults = {what: conn.execute(text(sql)).scalar_one() for what, sql in _AUDIT.items()}
+    assert not any(faults.values()), {what: n for what, n in faults.items() if n}
+
+
+def finish(service: Service, *batches: Batch, timeout_s: float = 120) -> None:
+    """Waits for the batches, reads each result once by the cursor, and audits."""
+    for batch in batches:
+        results = list(batch.results(timeout=timeout_s))
+        assert [r.seq for r in results] == sorted({r.seq for r in results})
+        assert len({r.id for r in results}) == len(results) == batch.refresh().counts.total
+    with transaction(service.engine) as conn:
+        audit(conn)
