@@ -45,7 +45,9 @@ def mixed_requests(adapters: dict[str, Path]) -> list[Request]:
     return requests
 
 
-CASES = [(kind, {}) for kind in tiny.MODELS] + [("llama2", {"tie_word_embeddings": True})]
+CASES: list[tuple[str, dict[str, object]]] = [(kind, {}) for kind in tiny.MODELS] + [
+    ("llama2", {"tie_word_embeddings": True})
+]
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES, ids=[f"{k}{'-tied' if c else ''}" for k, c in CASES])
