@@ -181,6 +181,12 @@ def _cell_job(cell: Row[Any], max_tokens: int) -> NewJob:
     )
 
 
+def read_unexpanded(conn: Connection) -> dict[UUID, int]:
+    """{sweep: cells that have become jobs} of each sweep that is not yet whole."""
+    rows = conn.execute(text("SELECT id, num_expanded FROM sweeps WHERE expand_due_at IS NOT NULL"))
+    return {row.id: row.num_expanded for row in rows}
+
+
 def due_expansions(conn: Connection) -> list[UUID]:
     """Sweeps whose expansion is to be rung (again); pushes their due time on, so that each is rung once a while."""
     return list(

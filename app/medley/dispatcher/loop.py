@@ -28,11 +28,10 @@ from medley.dispatcher import policy
 from medley.dispatcher.policy import Phase, Plan, Rules
 from medley.dispatcher.sightings import Sightings
 from medley.health import beat
-from medley.rings import EXPAND_TASK, Bell, Ringer, pool_channel
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
 RUN_JOBS_TASK = "medley.run_jobs"
-MAINTAIN_TASK = "medley.maintain"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
 TERM_TICKS = 3  # a leader that misses this many ticks is succeeded

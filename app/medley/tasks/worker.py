@@ -1,0 +1,88 @@
+"""The process of the CPU tasks: a Celery worker in the foreground, and a look each second that needs no messages.
+
+Owns threads, signals and the exit status; what a task does stands in its own module.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from uuid import UUID
+
+import celery.worker.state
+import structlog
+from celery import Celery
+from sqlalchemy import Engine
+from sqlalchemy.exc import InternalError, OperationalError
+
+from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
+from medley.config import Settings
+from medley.db.connections import make_engine
+from medley.health import beat
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.tasks.expand import Expander
+from medley.tasks.maintain import maintain
+
+NUM_THREADS = 2  # a long expansion beside short ones
+LOOK_S = 1.0
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> None:
+    """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
+    ringer = Ringer(settings.redis_url)
+    expander = Expander(
+        engine,
+        ringer,
+        settings.pool,
+        on_chunk=lambda: beat(settings.health_file),
+        should_stop=_is_stopping,
+    )
+    threading.excepthook = _end_on_crash
+    threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
+    app = make_celery(settings.redis_url, consumes=True)
+    _add_tasks(app, expander, engine)
+    worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
+    worker.start()
+    ringer.close()
+    engine.dispose()
+    if worker.exitcode:
+        raise SystemExit(worker.exitcode)
+
+
+def _add_tasks(app: Celery, expander: Expander, engine: Engine) -> None:
+    @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def expand(sweep: str) -> None:
+        expander.expand(UUID(hex=sweep))
+
+    @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def forget_the_old() -> None:
+        try:
+            maintain(engine)
+        except (OperationalError, InternalError) as error:  # the next message comes within a minute
+            log.warning("maintain.failed", error=type(error.orig).__name__)
+
+
+def _look(expander: Expander, settings: Settings) -> None:
+    while not _is_stopping():
+        beat(settings.health_file)
+        try:
+            expander.look()
+        except (OperationalError, InternalError) as error:
+            log.warning("look.failed", error=type(error.orig).__name__)
+        time.sleep(LOOK_S)
+
+
+def _is_stopping() -> bool:
+    """Whether a signal has told Celery to stop; its flag is an exit status once it is set."""
+    state = celery.worker.state
+    return any(flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate))
+
+
+def _end_on_crash(args: threading.ExceptHookArgs) -> None:
+    """A thread's fault ends the process: its supervisor starts another."""
+    log.error("thread.crashed", thread=args.thread and args.thread.name, exc_info=args.exc_value)
+    os._exit(1)

@@ -1,0 +1,197 @@
+"""The CPU tasks on real rows, and their process on a real Redis."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+from ledger import Ledger
+from sqlalchemy import text
+
+from medley.db import batches, sweeps
+from medley.db.connections import tenant_transaction
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.spec.ids import uuid7
+from medley.tasks.expand import Expander
+from medley.tasks.maintain import maintain
+
+
+def wait_until(holds: Callable[[], object], *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def ledger(module_database: Any) -> Iterator[Ledger]:
+    made = Ledger(module_database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ringer(redis_url: str) -> Iterator[Ringer]:
+    made = Ringer(redis_url)
+    yield made
+    made.close()
+
+
+def add_sweep(ledger: Ledger, num_prompts: int, *, num_seeds: int = 1) -> tuple[UUID, UUID]:
+    """(tenant, sweep) of prompts on the base and one adapter."""
+    tenant = ledger.add_tenant()
+    batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
+    sweep = sweeps.NewSweep(
+        name="sweep",
+        definition_sha256=hashlib.sha256(b"").digest(),
+        sampling='{"max_tokens": 4}',
+        seeds=list(range(num_seeds)),
+        prompts=[sweeps.SweepPrompt(f"prompt {i}", None, None, None, None) for i in range(num_prompts)],
+        columns=[
+            sweeps.SweepColumn(None, None),
+            sweeps.SweepColumn("own", ledger.add_revision(tenant, "own")),
+        ],
+    )
+    with tenant_transaction(ledger.api, tenant) as conn:
+        sweeps.create_sweep(conn, batch, sweep)
+    return tenant, batch.id
+
+
+def cells(ledger: Ledger, sweep: UUID) -> list[tuple[int, int, int]]:
+    statement = "SELECT prompt_idx, seed, column_idx FROM job_inputs WHERE batch_id = :id ORDER BY job_id"
+    with ledger.working() as conn:
+        return [tuple(row) for row in conn.execute(text(statement), {"id": sweep})]  # type: ignore[misc]
+
+
+def test_a_sweep_becomes_one_job_a_cell_prompt_by_prompt(ledger: Ledger, ringer: Ringer) -> None:
+    _, sweep = add_sweep(ledger, 3, num_seeds=2)
+    Expander(ledger.work, ringer, ledger.pool).expand(sweep)
+    assert cells(ledger, sweep) == [(p, s, c) for p in range(3) for s in range(2) for c in range(2)]
+    assert sum(ledger.demand().values()) == 12
+    with ledger.working() as conn:
+        assert sweep not in sweeps.read_unexpanded(conn)
+    ledger.check()
+
+
+def test_an_expansion_that_was_cut_goes_on_where_it_stood(
+    ledger: Ledger, ringer: Ringer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medley.tasks.expand.CELLS_A_CHUNK", 4)
+    _, sweep = add_sweep(ledger, 5)
+    chunks: list[None] = []
+    cut = Expander(
+        ledger.work, ringer, ledger.pool, on_chunk=lambda: chunks.append(None), should_stop=lambda: len(chunks) == 1
+    )
+    cut.expand(sweep)
+    assert len(cells(ledger, sweep)) == 4
+    Expander(ledger.work, ringer, ledger.pool).expand(sweep)
+    assert cells(ledger, sweep) == [(p, 0, c) for p in range(5) for c in range(2)]
+    ledger.check()
+
+
+def test_a_look_expands_a_sweep_that_does_not_move(ledger: Ledger, ringer: Ringer) -> None:
+    _, sweep = add_sweep(ledger, 2)
+    expander = Expander(ledger.work, ringer, ledger.pool)
+    expander.look()
+    assert cells(ledger, sweep) == []
+    expander.look()
+    assert len(cells(ledger, sweep)) == 4
+
+
+def test_a_paused_sweep_expands_into_held_jobs_and_a_cancelled_one_into_ended_ones(
+    ledger: Ledger, ringer: Ringer
+) -> None:
+    paused_by, paused = add_sweep(ledger, 2)
+    cancelled_by, cancelled = add_sweep(ledger, 2)
+    ledger.flag(paused_by, paused, "pause")
+    ledger.flag(cancelled_by, cancelled, "cancel")
+    expander = Expander(ledger.work, ringer, ledger.pool)
+    expander.expand(paused)
+    expander.expand(cancelled)
+    rows = ledger.jobs().values()
+    assert {row.is_held for row in rows if row.batch_id == paused} == {True}
+    assert {row.state for row in rows if row.batch_id == cancelled} == {"cancelled"}
+    assert ledger.demand() == {}
+    ledger.check()
+
+
+def test_an_unknown_sweep_is_no_fault(ledger: Ledger, ringer: Ringer) -> None:
+    Expander(ledger.work, ringer, ledger.pool).expand(uuid7())
+
+
+def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger) -> None:
+    tenant = ledger.add_tenant()
+    old, recent = ledger.start_worker(), ledger.start_worker()
+    with ledger.working() as conn:
+        for key, age in (("old", "25 hours"), ("recent", "1 hour")):
+            conn.execute(
+                text(
+                    "INSERT INTO idempotency_keys (tenant_id, key, request_sha256, resource_id, created_at)"
+                    " VALUES (:tenant, :key, '', :id, clock_timestamp() - CAST(:age AS interval))"
+                ),
+                {"tenant": tenant, "key": key, "id": uuid7(), "age": age},
+            )
+        conn.execute(
+            text(
+                "UPDATE workers SET state = 'gone', changed_at = clock_timestamp() -"
+                " CASE WHEN id = :old THEN interval '25 hours' ELSE interval '1 hour' END WHERE pool = :pool"
+            ),
+            {"old": old, "pool": ledger.pool},
+        )
+    ledger.submit(tenant, [None])
+    ledger.flag(tenant, ledger.submit(tenant, [ledger.add_revision(tenant, "own")]), "cancel")
+    maintain(ledger.work)
+    with ledger.working() as conn:
+        keys = conn.execute(text("SELECT key FROM idempotency_keys WHERE tenant_id = :id"), {"id": tenant}).scalars()
+        assert list(keys) == ["recent"]
+        kept = conn.execute(text("SELECT id FROM workers WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
+        assert list(kept) == [recent]
+        lanes = conn.execute(text("SELECT lane FROM demand WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
+        assert list(lanes) == [tenant]
+    ledger.check()
+
+
+@pytest.fixture
+def process(ledger: Ledger, module_database: Any, redis_url: str) -> Iterator[subprocess.Popen[bytes]]:
+    environ = os.environ | {
+        "MEDLEY_DATABASE_URL": module_database.url("medley_work"),
+        "MEDLEY_REDIS_URL": redis_url,
+        "MEDLEY_STORE_URL": "file:///nowhere",
+        "MEDLEY_POOL": ledger.pool,
+    }
+    program = (
+        "from medley import logs; from medley.config import Settings; from medley.tasks.worker import run;"
+        " settings = Settings.from_env(); logs.configure('tasks', settings); run(settings)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], env=environ) as running:
+        yield running
+        running.kill()
+
+
+@pytest.mark.faults
+def test_the_process_runs_tasks_without_redis_too_and_ends_on_sigterm(
+    ledger: Ledger, ringer: Ringer, process: subprocess.Popen[bytes], embedded: Any
+) -> None:
+    _, first = add_sweep(ledger, 3)
+    ringer.send_task(EXPAND_TASK, first.hex)
+    ringer.send_task(MAINTAIN_TASK)
+    wait_until(lambda: len(cells(ledger, first)) == 6)
+
+    embedded.stop("redis")
+    try:
+        _, second = add_sweep(ledger, 3)
+        wait_until(lambda: len(cells(ledger, second)) == 6)
+    finally:
+        embedded.start_redis()
+
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 0
+    ledger.check()
