@@ -138,6 +138,11 @@ class Site:
         self._api.dispose()
         self._celery.close()
 
+    def reconnect(self) -> None:
+        """Forget connections to a server that has gone."""
+        self._work.dispose()
+        self._api.dispose()
+
     # Shells
 
     def start_shell(self, *, active: bool = True, **environ: str) -> ShellProcess:
@@ -172,8 +177,10 @@ class Site:
             return conn.execute(text("SELECT * FROM workers")).all()
 
     def desire(self, shell: ShellProcess, state: WorkerState) -> None:
+        """What the dispatcher does: the row says it, an empty message rings."""
         with transaction(self._work) as conn:
             workers.desire(conn, shell.worker, state)
+        self.ring(shell, [])
 
     def wait_state(self, shell: ShellProcess, state: str) -> None:
         self.wait_until(
@@ -184,11 +191,12 @@ class Site:
         """Polls until `holds`; returns the seconds it took."""
         started = time.monotonic()
         while not holds():
-            logs = lambda: "\n".join(f"--- {s.log_path.name}\n{s.log()[-4000:]}" for s in self._shells)  # noqa: E731
-            assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s} s\n{logs()}"
-            assert all(s.process.poll() is None or s.worker.int for s in self._shells), f"{what}\n{logs()}"
+            assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s} s\n{self.logs()}"
             time.sleep(0.02)
         return time.monotonic() - started
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {shell.log_path.name}\n{shell.log()[-4000:]}" for shell in self._shells)
 
     # Jobs
 
@@ -223,9 +231,7 @@ class Site:
 
     def ring(self, shell: ShellProcess, jobs: Sequence[UUID]) -> None:
         """What the dispatcher sends after a claim."""
-        self._celery.send_task(
-            "medley.run_jobs", args=[[job.hex for job in jobs]], queue=worker_queue(shell.worker)
-        )
+        self._celery.send_task("medley.run_jobs", args=[[job.hex for job in jobs]], queue=worker_queue(shell.worker))
 
     def reclaim(self) -> int:
         """What the leader does about lapsed leases."""
@@ -261,15 +267,16 @@ class Site:
         with tenant_transaction(self._api, self.tenant) as conn:
             return change(conn, *arguments)
 
-    def wait_generating(self, shell: ShellProcess, num_tokens: int = 20) -> None:
-        """Until the engine says that it has generated this much."""
+    def generated(self, shell: ShellProcess) -> int:
+        """Tokens that the worker says it has generated, up to a renewal ago."""
+        (stats,) = [row.stats for row in self.workers() if row.id == shell.worker]
+        return int(stats.get("generated_tokens", 0))
 
-        def generated() -> bool:
-            return any(
-                row.id == shell.worker and row.stats.get("generated_tokens", 0) >= num_tokens for row in self.workers()
-            )
-
-        self.wait_until("a generating engine", generated)
+    def wait_computing(self, shell: ShellProcess, cpu_s: float = 0.2) -> None:
+        """Until the engine has computed this long, which is some dozens of steps."""
+        engine = psutil.Process(shell.engine_pid())
+        until_s = engine.cpu_times().user + cpu_s
+        self.wait_until("a computing engine", lambda: engine.cpu_times().user >= until_s)
 
 
 def _new_job(job: dict[str, Any]) -> batches.NewJob:

@@ -33,6 +33,7 @@ RELEASE_S = 4.0  # for the engine to give everything back; a step may be running
 STOP_S = 1.5  # for an idle engine to end by itself
 FLUSH_S = 3.0  # for the last results and releases; together within the 10 s that a worker has to stop
 LOOK_S = 1.0
+STALL_S = 300.0  # a loaded engine speaks each second, and between steps; no step takes this long
 
 log = structlog.get_logger()
 
@@ -126,6 +127,9 @@ class Controller:
         link = self._link
         if link is not None and link.has_ended:
             self._bury(link)
+        elif link is not None and self._ready is not None and link.silent_s > STALL_S:
+            log.error("engine.stalled", worker=self._worker.hex, pid=link.pid, silent_s=round(link.silent_s))
+            link.kill()  # and its next turn finds the suspects
         elif self._desired is not WorkerState.ACTIVE:
             if link is not None or self._report.state is not WorkerState.ASLEEP:
                 self._drain()
@@ -162,8 +166,8 @@ class Controller:
         self._on_state()
         link = self._link
         if link is not None:
-            self._feed.send(Release(None))
             self._feed.close()
+            link.send(Release(None))
             deadline = time.monotonic() + RELEASE_S
             while not link.has_ended and time.monotonic() < deadline:
                 if self._held.wait_engine_empty(0.05):

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -30,7 +31,7 @@ from medley.spec.wire import (
 )
 
 _RECEIVE_BYTES = 1 << 20
-# One Add holds at most this many jobs and prompt tokens, far below MAX_FRAME_BYTES.
+# One Add holds at most this many jobs and tokens, far below MAX_FRAME_BYTES.
 _ADD_ITEMS = 256
 _ADD_TOKENS = 1 << 20
 _EXIT_S = 2.0  # from the end of what it says to the end of the process
@@ -56,6 +57,7 @@ class EngineLink:
         self._on_messages = on_messages
         self._on_end = on_end
         self._sending = threading.Lock()
+        self._heard_at_s = time.monotonic()
         self._socket, theirs = socket.socketpair()
         argv = (sys.executable, "-m", "medley_worker.engine.process", "--fd", str(theirs.fileno()))
         try:
@@ -74,6 +76,11 @@ class EngineLink:
         return self._child.pid
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since it last said anything."""
+        return time.monotonic() - self._heard_at_s
+
+    @property
     def has_ended(self) -> bool:
         """The process has ended and everything it said has been handed on."""
         return self._has_ended.is_set()
@@ -87,11 +94,12 @@ class EngineLink:
         chunk: list[WorkItem] = []
         num_tokens = 0
         for item in items:
-            if chunk and (len(chunk) == _ADD_ITEMS or num_tokens + len(item.prompt_token_ids) > _ADD_TOKENS):
+            item_tokens = _num_tokens(item)
+            if chunk and (len(chunk) == _ADD_ITEMS or num_tokens + item_tokens > _ADD_TOKENS):
                 self.send(Add(tuple(chunk)))
                 chunk, num_tokens = [], 0
             chunk.append(item)
-            num_tokens += len(item.prompt_token_ids)
+            num_tokens += item_tokens
         if chunk:
             self.send(Add(tuple(chunk)))
 
@@ -114,6 +122,7 @@ class EngineLink:
         reader = FrameReader()
         try:
             while data := self._socket.recv(_RECEIVE_BYTES):
+                self._heard_at_s = time.monotonic()
                 bodies = reader.feed(data)
                 if bodies:
                     self._on_messages([from_engine_decoder.decode(body) for body in bodies])
@@ -129,6 +138,11 @@ class EngineLink:
         log.info("engine.ended", pid=self.pid, status=None if status is None else describe_status(status))
         self._has_ended.set()
         self._on_end()
+
+
+def _num_tokens(item: WorkItem) -> int:
+    # A kept token brings its log-probability: together they take as much room as three tokens.
+    return len(item.prompt_token_ids) + (3 * len(item.checkpoint.token_ids) if item.checkpoint else 0)
 
 
 def _config_frame(config: EngineConfig) -> bytes:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
+import msgspec
 import structlog
 from sqlalchemy import Connection
 
 from medley.db.ends import Result
 from medley.db.inputs import Assigned, fetch_inputs
+from medley.db.inputs import assigned as rows_assigned
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import JobState
 from medley.spec.wire import AdapterRef, JobKey, WorkItem
@@ -78,11 +80,28 @@ class Intake:
         except Unreachable as error:  # the look brings the ids again
             self._outage.begin(error)
             return
+        except msgspec.MsgspecError as error:
+            self._take_apart(wanted, error)
+            return
         self._outage.end()
         jobs, failures = self._preparation.prepare(assigned)
         taken = {held.key for held in self._held.hold(jobs)}
         self._results.put([failure for failure in failures if JobKey(failure.job, failure.attempt) in taken])
         self._feed.offer()
+
+    def _take_apart(self, ids: list[UUID], error: msgspec.MsgspecError) -> None:
+        """A row among `ids` holds what this version cannot read: halve until it is found, and fail that job alone."""
+        if len(ids) > 1:
+            self._take(ids[: len(ids) // 2])
+            self._take(ids[len(ids) // 2 :])
+            return
+        log.error("inputs.unreadable", job=ids[0].hex, reason=str(error))
+        attempts = dict(self._transactions.insist("failing a job", lambda conn: rows_assigned(conn, self._worker)))
+        if ids[0] in attempts:
+            key = JobKey(ids[0], attempts[ids[0]])
+            failure = JobError(code=ErrorCode.ENGINE, message=f"the job's stored sampling cannot be read: {error}")
+            if self._held.hold([Held(key, phase=Phase.ENDING)]):
+                self._results.put([Result(job=key.job, attempt=key.attempt, state=JobState.FAILED, error=failure)])
 
 
 class Preparation:

@@ -102,7 +102,7 @@ class Results:
 
         try:
             ended = self._transactions.insist("storing results", complete)
-        except sqlalchemy.exc.DBAPIError as error:
+        except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
             self._store_apart(results, error)
             return
         self._held.drop(JobKey(result.job, result.attempt) for result in results)
@@ -111,7 +111,7 @@ class Results:
         if len(ended) < len(results):
             self._fenced("results.fenced", {r.job for r in results} - {end.job for end in ended})
 
-    def _store_apart(self, results: list[Result], error: sqlalchemy.exc.DBAPIError) -> None:
+    def _store_apart(self, results: list[Result], error: Exception) -> None:
         """PostgreSQL refuses something among `results`: halve until it is found, and fail that job alone."""
         if len(results) > 1:
             middle = len(results) // 2
@@ -119,7 +119,7 @@ class Results:
             self._store(results[middle:])
             return
         (result,) = results
-        cause = type(error.orig).__name__
+        cause = type(getattr(error, "orig", error)).__name__
         log.error("result.refused", job=result.job.hex, attempt=result.attempt, error=cause)
         if result.state is not JobState.FAILED:
             failure = JobError(code=ErrorCode.ENGINE, message=f"the result could not be stored: {cause}")
