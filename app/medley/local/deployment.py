@@ -27,6 +27,8 @@ from medley.local.supervisor import ChildFailed, Supervisor, Unit
 
 _SERVER_START_S = 60.0
 _SERVER_GRACE_S = 15.0
+# Once all is ready a crash is only ever answered by a new start; before, this many mean that it cannot work.
+_MAX_START_CRASHES = 5
 # Servers stop after everything that uses them, PostgreSQL last.
 _REDIS_STAGE, _POSTGRES_STAGE = 10, 11
 _BACKLOG = 512
@@ -155,7 +157,14 @@ class _Deployment:
         beating = [self._health_file(name) for name, spec in self._kept() if spec.health is Health.BEAT]
         api_ready = threading.Event()
         threading.Thread(target=self._poll_api, args=(api_ready,), daemon=True).start()
-        supervisor.wait_for(lambda: api_ready.is_set() and all(is_alive(path) for path in beating))
+
+        def is_ready() -> bool:
+            failing = [name for name, times in supervisor.crashes().items() if times >= _MAX_START_CRASHES]
+            if failing:
+                raise ChildFailed(f"{', '.join(failing)} did not start; the last lines above say why")
+            return api_ready.is_set() and all(is_alive(path) for path in beating)
+
+        supervisor.wait_for(is_ready)
 
     def _poll_api(self, ready: threading.Event) -> None:
         """Ask until the answer is yes. On a thread: the socket accepts before there is an API behind it."""

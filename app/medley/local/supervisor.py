@@ -74,6 +74,10 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         return {name: kept.child.pid for name, kept in self._kept.items() if kept.child is not None}
 
+    def crashes(self) -> dict[str, int]:
+        """How often each unit has ended in a row, without a good run between."""
+        return {name: kept.crashes for name, kept in self._kept.items()}
+
     def __enter__(self) -> Supervisor:
         self._stack.enter_context(self._signals())
         return self
