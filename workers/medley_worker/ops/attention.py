@@ -241,7 +241,7 @@ def _attend(blocks: Tensor, k_cache: Tensor, v_cache: Tensor, work: PageWork, wi
     num_outputs = num_rows * head_dim
     width = -(-(num_outputs + num_rows) // SUM_COLUMNS) * SUM_COLUMNS
     parts = scores.new_empty((items * num_kv_heads, width))
-    batched_product(scores, values, out=parts[:, :num_outputs].view(-1, num_rows, head_dim))
+    parts[:, :num_outputs].copy_(batched_product(scores, values).view(-1, num_outputs))
     torch.sum(scores, -1, out=parts[:, num_outputs : num_outputs + num_rows])
     # Page by page. A page that pads a short block is a copy of its last, times 0: that changes no bits.
     taken = parts.view(items, -1).index_select(0, work.block_items).view(num_blocks, max_pages, -1)

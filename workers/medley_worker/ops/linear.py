@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def batched_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Semantics: out[i] = a[i] @ b[i]. a: [S, M, K] with M >= 2, b: [S, K, N] row-major. Returns [S, M, N].
 
-    out: written where given; it may be a slice along N of a larger tensor.
+    out: written where given, contiguous (torch's bmm loops over i otherwise).
     """
     assert a.shape[1] >= MIN_BATCHED_ROWS, "a product of one row takes another path and gives other bits"
     num_rows, depth = a.shape[1:]

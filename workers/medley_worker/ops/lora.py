@@ -167,20 +167,17 @@ def lora_apply(y: Tensor, x: Tensor, group: str, layer: int, batch: LoraBatch | 
         return
     m = plan.block_rows
     taken = x.index_select(0, plan.rows).to(torch.float32).view(plan.num_blocks, m, -1)
-    num_rows, num_out = plan.num_blocks * m, sum(plan.out_features)
-    delta = torch.empty((num_rows + 1, num_out), dtype=torch.float32, device=x.device)
-    if plan.has_base_rows:
-        delta[num_rows].zero_()
-    by_block = delta[:num_rows].view(plan.num_blocks, m, num_out)
-    for part in plan.parts:
-        shrunk = batched_product(taken[part.begin : part.end], part.a[layer])  # [blocks, M, sites * R]
-        rank = shrunk.shape[-1] // len(part.b)
-        column = 0
-        for site, width in enumerate(plan.out_features):
-            batched_product(
-                shrunk[:, :, site * rank : (site + 1) * rank],
-                part.b[site][layer],
-                out=by_block[part.begin : part.end, :, column : column + width],
-            )
-            column += width
-    y.add_(delta.index_select(0, plan.inverse))
+    shrunk = [batched_product(taken[part.begin : part.end], part.a[layer]) for part in plan.parts]
+    num_rows, num_sites, column = plan.num_blocks * m, len(plan.out_features), 0
+    for site, width in enumerate(plan.out_features):
+        # One tensor a site: a product that writes into a slice of columns would loop over its blocks.
+        delta = torch.empty((num_rows + 1, width), dtype=torch.float32, device=x.device)
+        if plan.has_base_rows:
+            delta[num_rows].zero_()
+        by_block = delta[:num_rows].view(plan.num_blocks, m, width)
+        for part, low in zip(plan.parts, shrunk, strict=True):  # low: [blocks, M, sites * R]
+            rank = low.shape[-1] // num_sites
+            low_of_site = low[:, :, site * rank : (site + 1) * rank]
+            batched_product(low_of_site, part.b[site][layer], out=by_block[part.begin : part.end])
+        y[:, column : column + width].add_(delta.index_select(0, plan.inverse))
+        column += width
