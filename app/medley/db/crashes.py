@@ -30,7 +30,8 @@ _AT_STAKE = text(
 _SUSPECT = """
 UPDATE jobs j SET crashes = crashes + 1, step_limit = %(limit)s
 FROM unnest(%(jobs)b::uuid[], %(attempts)b::int4[]) AS r(id, attempt)
-WHERE j.id = r.id AND j.attempt = r.attempt AND j.worker_id = %(worker)s AND j.state = 'leased' AND EXISTS (
+WHERE j.id = r.id AND j.attempt = r.attempt
+    AND coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
     SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
 RETURNING j.id, j.tenant_id, j.revision_id
 """

@@ -57,11 +57,14 @@ class End:
 
 _BATCHES_OF = text("SELECT DISTINCT batch_id FROM jobs WHERE id = ANY(:jobs)")
 
-# The fence: (job, attempt, worker) and a live lease.
+# The fence: (job, attempt, worker) and a live lease. Here and wherever jobs are named by id, coalesce() hides worker
+# and state from the planner: statistics from before the queue filled promise it that a worker holds next to nothing,
+# and it would compare all that the worker holds with every id (measured: a second for 1,000 of 4,000).
 _COMPLETE = """
 UPDATE jobs j SET state = r.state, worker_id = NULL, finished_at = clock_timestamp()
 FROM unnest(%(jobs)b::uuid[], %(attempts)b::int4[], %(states)b::text[]) WITH ORDINALITY AS r(id, attempt, state, ord)
-WHERE j.id = r.id AND j.attempt = r.attempt AND j.worker_id = %(worker)s AND j.state = 'leased' AND EXISTS (
+WHERE j.id = r.id AND j.attempt = r.attempt
+    AND coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
     SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
 RETURNING r.ord, j.batch_id, j.tenant_id, j.pool, j.est_tokens
 """

@@ -39,7 +39,7 @@ LEFT JOIN sweep_prompts p ON p.sweep_id = j.batch_id AND p.prompt_idx = i.prompt
 LEFT JOIN sweeps s ON i.sampling IS NULL AND s.id = j.batch_id
 LEFT JOIN adapter_revisions a ON a.id = j.revision_id
 LEFT JOIN checkpoints c ON c.job_id = j.id
-WHERE j.worker_id = %(worker)s AND j.state = 'leased' AND j.id = ANY(%(jobs)b::uuid[])
+WHERE coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND j.id = ANY(%(jobs)b::uuid[])
 ORDER BY j.priority DESC, j.leased_at, j.id
 """
 

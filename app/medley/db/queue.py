@@ -87,7 +87,7 @@ class Release:
 _RELEASABLE = """
 SELECT j.id, j.batch_id FROM jobs j JOIN unnest(%(jobs)b::uuid[], %(attempts)b::int4[]) AS r(id, attempt)
     ON j.id = r.id AND j.attempt = r.attempt
-WHERE j.worker_id = %(worker)s AND j.state = 'leased' AND EXISTS (
+WHERE coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
     SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
 """
 
@@ -123,7 +123,7 @@ def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list
 _REQUEUE = """
 UPDATE jobs j SET state = 'queued', worker_id = NULL, leased_at = NULL, is_held = b.paused_at IS NOT NULL
 FROM unnest(%(jobs)b::uuid[], %(workers)b::uuid[]) AS r(id, worker), batches b
-WHERE j.id = r.id AND j.state = 'leased' AND j.worker_id = r.worker AND b.id = j.batch_id
+WHERE j.id = r.id AND coalesce(j.worker_id = r.worker AND j.state = 'leased', false) AND b.id = j.batch_id
 RETURNING j.id, j.tenant_id, j.pool, j.lane, j.priority, j.revision_id, j.est_tokens, j.is_held,
     CASE WHEN j.is_cancel_requested OR b.cancel_requested_at IS NOT NULL THEN 'cancelled'
          WHEN j.deadline_at <= clock_timestamp() THEN 'expired'
