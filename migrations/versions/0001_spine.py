@@ -75,6 +75,7 @@ CREATE TABLE adapter_revisions (
     num_tiles integer NOT NULL,             -- tiles of device memory it takes
     size_bytes bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    uploaded_at timestamptz NOT NULL DEFAULT clock_timestamp(),     -- the last time; the name means the latest
     quarantined_at timestamptz,
     UNIQUE (adapter_id, digest)
 );
@@ -351,6 +352,7 @@ def _grant() -> None:
         " jobs, job_inputs, job_results, idempotency_keys, demand TO medley_api"
     )
     op.execute("GRANT UPDATE ON adapters, batches, sweeps, jobs, demand TO medley_api")
+    op.execute("GRANT UPDATE (uploaded_at) ON adapter_revisions TO medley_api")
     op.execute("GRANT DELETE ON checkpoints TO medley_api")
     op.execute("REVOKE ALL ON alembic_version FROM medley_api")
     op.execute("GRANT SELECT ON alembic_version TO medley_api, medley_work")

@@ -35,8 +35,9 @@ _numbers = itertools.count(1)
 class Api:
     """The running service. `as_tenant(name)` is a client with a key of that tenant; `anonymous` has none."""
 
-    def __init__(self, url: str, ledger: Ledger, settings: Settings, owner_url: str) -> None:
+    def __init__(self, url: str, ledger: Ledger, settings: Settings, owner_url: str, app: Any) -> None:
         self.url, self.ledger, self.settings = url, ledger, settings
+        self._app = app
         self._owner_url = owner_url
         self._clients: dict[str | None, httpx.Client] = {}
         self.ringer = Ringer(settings.redis_url)
@@ -54,6 +55,15 @@ class Api:
     def as_tenant(self, name: str | None = None) -> httpx.Client:
         return self._client(name or self._tenant)
 
+    def headers(self) -> dict[str, str]:
+        """What the default tenant's requests carry."""
+        return dict(self.as_tenant().headers)
+
+    def num_waiting(self) -> int:
+        """How many requests the waiter hub holds."""
+        num: int = self._app.state.services.hub.num_waiting
+        return num
+
     def key(self, tenant: str) -> str:
         """A new key of the tenant, who is made where new."""
         key: str = self.owner(lambda conn: add_tenant(conn, tenant))
@@ -64,6 +74,8 @@ class Api:
         engine = create_engine(self._owner_url)
         try:
             with engine.begin() as conn:
+                # Tests commit without waiting for the disk; what the owner makes must outlive a killed server.
+                conn.execute(text("SET LOCAL synchronous_commit = on"))
                 return act(conn)
         finally:
             engine.dispose()
@@ -126,7 +138,13 @@ def running_api(
     server = make_server(settings)
     thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
     thread.start()
-    api = Api(f"http://127.0.0.1:{listener.getsockname()[1]}", ledger, settings, database.url("medley_owner"))
+    api = Api(
+        f"http://127.0.0.1:{listener.getsockname()[1]}",
+        ledger,
+        settings,
+        database.url("medley_owner"),
+        server.config.app,
+    )
     try:
         deadline = time.monotonic() + 20
         while not server.started:

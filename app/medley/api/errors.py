@@ -21,6 +21,7 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from medley.db.idempotency import KeyConflict
 from medley.spec.errors import Fault
@@ -138,6 +139,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(KeyConflict, _key_conflict)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(PoolTimeout, _database)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -152,6 +154,11 @@ async def _http(request: Request, error: Exception) -> Response:
     refused.status = error.status_code
     refused.code = "not_found" if error.status_code in (404, 405) else "invalid_request"
     return error_response(refused)
+
+
+async def _gone(_: Request, _error: Exception) -> Response:
+    # The body was cut, so nobody reads this; without it a log would speak of a bug.
+    return error_response(InvalidRequest("the request was cut"))
 
 
 async def _key_conflict(_: Request, error: Exception) -> Response:

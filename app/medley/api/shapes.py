@@ -184,7 +184,9 @@ def batch_of(row: Row[Any]) -> Batch:
     shape = None
     if row.sweep_name is not None:
         shape = SweepShape(row.sweep_name, row.num_prompts, row.num_columns, row.num_expanded)
-    return Batch(id=public_id(BATCH, row.id), object="batch", name=row.name, sweep=shape, **_batch_fields(row))
+    # A sweep goes by one id, wherever it is shown.
+    prefix = BATCH if shape is None else SWEEP
+    return Batch(id=public_id(prefix, row.id), object="batch", name=row.name, sweep=shape, **_batch_fields(row))
 
 
 def sweep_of(row: Row[Any], columns: list[Column] | msgspec.UnsetType) -> Sweep:

@@ -24,9 +24,9 @@ class NewRevision:
 
 
 def add_revision(conn: Connection, tenant: UUID, name: str, new: NewRevision) -> tuple[UUID, bool]:
-    """Adds a revision of adapter `name`, which then is its newest. Returns (revision id, whether it is new).
+    """Makes `new` the newest revision of adapter `name`. Returns (revision id, whether it is new).
 
-    The same files again are the same revision. A deleted adapter of that name lives again.
+    The same files again are the same revision, and again what the name means. A deleted adapter lives again.
     """
     adapter = conn.execute(
         text(
@@ -54,19 +54,22 @@ def add_revision(conn: Connection, tenant: UUID, name: str, new: NewRevision) ->
     if inserted is not None:
         return inserted, True
     existing: UUID = conn.execute(
-        text("SELECT id FROM adapter_revisions WHERE adapter_id = :adapter AND digest = :digest"),
+        text(
+            "UPDATE adapter_revisions SET uploaded_at = clock_timestamp()"
+            " WHERE adapter_id = :adapter AND digest = :digest RETURNING id"
+        ),
         {"adapter": adapter, "digest": new.digest},
     ).scalar_one()
     return existing, False
 
 
-# The newest revision is the one an adapter's bare name means.
+# The newest revision, that is the last uploaded, is the one an adapter's bare name means.
 _LIST = (
     "SELECT a.id, a.name, a.created_at, r.id AS revision_id, r.digest, r.max_rank, r.num_tiles, r.size_bytes,"
     " r.created_at AS revised_at, r.quarantined_at,"
     " (SELECT count(*) FROM adapter_revisions n WHERE n.adapter_id = a.id) AS num_revisions"
     " FROM adapters a CROSS JOIN LATERAL ("
-    "  SELECT * FROM adapter_revisions r WHERE r.adapter_id = a.id ORDER BY r.id DESC LIMIT 1) r"
+    "  SELECT * FROM adapter_revisions r WHERE r.adapter_id = a.id ORDER BY r.uploaded_at DESC, r.id DESC LIMIT 1) r"
     " WHERE a.deleted_at IS NULL"
 )
 

@@ -99,6 +99,7 @@ adapter_revisions = Table(
     Column("num_tiles", Integer, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     _created(),
+    Column("uploaded_at", AT, nullable=False, server_default=NOW),
     Column("quarantined_at", AT),
     UniqueConstraint("adapter_id", "digest"),
     Index("adapter_revisions_tenant_id", "tenant_id"),
