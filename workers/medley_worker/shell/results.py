@@ -26,8 +26,9 @@ from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.transactions import Transactions
 
 MAX_FLUSH = 1_024  # results of one transaction
-FULL_FLUSH = 256  # with this many there is no point in waiting for more
-LINGER_S = 0.02  # how long the first result of a flush waits for company
+FULL_FLUSH = 512  # with this many there is no point in waiting for more
+LINGER_S = 0.02  # how long the first result of a flush waits for company,
+BUSY_LINGER_S = 0.1  # and where so many are held that company is sure to come: a flush has a cost of its own
 
 log = structlog.get_logger()
 
@@ -90,7 +91,8 @@ class Results:
         with self._changed:
             while not (self._results or self._releases):
                 self._changed.wait()
-            self._changed.wait_for(lambda: len(self._results) >= FULL_FLUSH, LINGER_S)
+            linger_s = LINGER_S if len(self._held) < FULL_FLUSH else BUSY_LINGER_S
+            self._changed.wait_for(lambda: len(self._results) >= FULL_FLUSH, linger_s)
             results = list(islice(self._results, MAX_FLUSH))
             del self._results[:MAX_FLUSH]
             releases, self._releases = self._releases, []
