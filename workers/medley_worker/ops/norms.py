@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -12,5 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., H]. weight: [H], or [n, H] for one weight a head. Returns x's shape and dtype.
     """
-    normed = F.rms_norm(x.to(torch.float32), (x.shape[-1],), None, eps)
-    return normed.to(x.dtype) * weight
+    wide = x.to(torch.float32)
+    # By the norm: one pass over x where squares and their mean are two.
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale: Tensor = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
