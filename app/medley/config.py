@@ -98,7 +98,7 @@ class Settings:
         return cls(
             database_url=read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"}),
             redis_url=read.url("MEDLEY_REDIS_URL", {"redis", "rediss", "unix"}),
-            store_url=read.url("MEDLEY_STORE_URL", {"file", "s3"}),
+            store_url=read.url("MEDLEY_STORE_URL", {"file"}),
             model=read.text("MEDLEY_MODEL"),
             pool=read.text("MEDLEY_POOL") or defaults.pool,
             host=read.text("MEDLEY_HOST") or defaults.host,

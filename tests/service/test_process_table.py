@@ -64,7 +64,7 @@ def test_a_command_whose_packages_are_missing_says_what_to_install(monkeypatch: 
         ("MEDLEY_LEASE_S", "nan", "seconds above 0"),
         ("MEDLEY_DTYPE", "int8", "one of bfloat16, float16, float32"),
         ("MEDLEY_MAX_BODY_BYTES", "-1", "at least 1"),
-        ("MEDLEY_STORE_URL", "ftp://x", "file:// or s3://"),
+        ("MEDLEY_STORE_URL", "ftp://x", "file://"),
     ],
 )
 def test_a_bad_value_is_refused_by_key_and_value(key: str, value: str, wanted: str) -> None:

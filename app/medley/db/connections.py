@@ -34,6 +34,7 @@ def make_engine(
         max_overflow=0,
         pool_timeout=pool_timeout_s,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error's text goes to the log, and parameters hold prompts
         connect_args={
             "application_name": f"medley-{name}",
             "options": options,

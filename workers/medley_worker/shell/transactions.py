@@ -20,6 +20,7 @@ from medley.db.connections import make_engine, transaction
 Unreachable = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
 
 MAX_WAIT_S = 2.0
+IDLE_IN_TRANSACTION_MS = 10_000  # a frozen shell holds its batches' rows no longer
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -29,7 +30,9 @@ class Transactions:
     """Transactions on the worker's database. Each thread uses one connection at a time."""
 
     def __init__(self, url: str, *, num_threads: int) -> None:
-        self._engine = make_engine(url, name="worker", pool_size=num_threads)
+        self._engine = make_engine(
+            url, name="worker", pool_size=num_threads, idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS
+        )
 
     def run(self, work: Callable[[Connection], T]) -> T:
         """`work` in one transaction. Raises one of `Unreachable` for what passes."""
