@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from tokenizers import Tokenizer
 
 from medley.spec.sampling import parse_sampling
 from medley_worker.engine.engine import Engine
 from medley_worker.engine.requests import Request
+from medley_worker.engine.sizing import cpu_threads
 
 ROUNDS = 2
 
@@ -118,6 +121,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     arguments = parser.parse_args()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpu_threads())
     try:
         with arguments.jobs.open(encoding="utf-8") as lines:
             requests = list(read_jobs(lines, arguments.model))

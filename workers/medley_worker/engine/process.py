@@ -24,6 +24,7 @@ from typing import cast
 
 import msgspec
 import structlog
+import torch
 
 from medley.spec.errors import JobError
 from medley.spec.jobs import Checkpoint
@@ -51,6 +52,7 @@ from medley_worker.engine.engine import Engine
 from medley_worker.engine.outbox import Outbox
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import Refused, RequestId
+from medley_worker.engine.sizing import cpu_threads
 
 STATS_INTERVAL_S = 1.0
 _RECEIVE_BYTES = 1 << 20
@@ -204,6 +206,8 @@ def main() -> int:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpu_threads())
     connection = socket.socket(fileno=arguments.fd)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=read_bodies, args=(connection, inbox), name="inbox", daemon=True).start()
