@@ -55,9 +55,12 @@ def create_jobs(
     options: BatchOptions,
     reader: JobReader,
     chunks: Iterable[list[JobColumns]],
+    *,
+    num_sent: int = 0,
 ) -> Created:
     """Writes the batch that `chunks` hold, or finds the one that this request has made.
 
+    num_sent: how many jobs there are, where that is known before they are read.
     Raises InvalidRequest with the faults of every job, and KeyConflict; then nothing of the transaction may stand.
     """
     batch = NewBatch(uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at)
@@ -65,7 +68,7 @@ def create_jobs(
     if existing is not None:
         ids = read_job_ids(conn, existing, MAX_LISTED_IDS + 1)
         return Created(existing, ids if len(ids) <= MAX_LISTED_IDS else None, is_replay=True)
-    open_batch(conn, batch)
+    open_batch(conn, batch, total=num_sent)
     ids = []
     for columns in (part for chunk in chunks for part in chunk):
         # After the first fault the rest is only judged.
@@ -76,6 +79,7 @@ def create_jobs(
     if reader.num_jobs == 0 and not reader.faults:
         raise InvalidRequest.of([Fault(field="jobs", got="no job", wanted="at least one")])
     reader.faults.raise_any()
-    close_batch(conn, batch.id, reader.num_jobs)
+    if reader.num_jobs != num_sent:
+        close_batch(conn, batch.id, reader.num_jobs)
     add_batch_demand(conn, batch, reader.lanes)
     return Created(batch.id, ids if reader.num_jobs <= MAX_LISTED_IDS else None, is_replay=False)

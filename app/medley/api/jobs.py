@@ -43,7 +43,7 @@ async def create(request: Request, who: Caller = Depends(caller)) -> Response:
         reader = JobReader(Defaults(), limits, lambda refs: resolve_refs(conn, who.tenant, refs), at_top)
         # Lazily, as the key comes first: a replay is answered even where the adapter is gone by now.
         chunks = (reader.read_one(found) for _ in range(1))
-        created = create_jobs(conn, who.tenant, pool, wanted, options, reader, chunks)
+        created = create_jobs(conn, who.tenant, pool, wanted, options, reader, chunks, num_sent=1)
         assert created.job_ids is not None
         return created, read_job(conn, created.job_ids[0])
 

@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.demand import add_demand, array_literal
-from medley.spec.ids import uuid7
+from medley.spec.ids import uuid7s
 from medley.spec.sampling import SEED_LIMIT
 
 LOW, NORMAL, HIGH = 0, 1, 2  # priority classes
@@ -68,13 +68,13 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
     )
 
 
-_INSERT_JOBS = """
-INSERT INTO jobs (id, tenant_id, batch_id, pool, revision_id, is_held, priority, est_tokens, deadline_at)
-SELECT r.id, %(tenant)s, %(batch)s, %(pool)s, r.revision, %(held)s, %(priority)s, r.est_tokens, %(deadline_at)s
-FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
-"""
-
-_INSERT_INPUTS = """
+# One statement, so that ids travel once; neither part reads what the other writes.
+_INSERT = """
+WITH made AS (
+    INSERT INTO jobs (id, tenant_id, batch_id, pool, revision_id, is_held, priority, est_tokens, deadline_at)
+    SELECT r.id, %(tenant)s, %(batch)s, %(pool)s, r.revision, %(held)s, %(priority)s, r.est_tokens, %(deadline_at)s
+    FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
+)
 INSERT INTO job_inputs (job_id, tenant_id, batch_id, custom_id, adapter, prompt, prompt_token_ids, prompt_idx,
     column_idx, seed, sampling, retry_of)
 SELECT r.id, %(tenant)s, %(batch)s, r.custom_id, r.adapter, r.prompt, r.token_ids::int4[], r.prompt_idx,
@@ -133,25 +133,20 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
 
 def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False) -> list[UUID]:
     """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order."""
-    ids = [uuid7() for _ in range(len(jobs))]
-    shared: dict[str, Any] = {"tenant": batch.tenant, "batch": batch.id, "ids": ids}
+    ids = uuid7s(len(jobs))
+    token_ids = _whole(jobs.token_ids)
     conn.exec_driver_sql(
-        _INSERT_JOBS,
-        shared
-        | {
+        _INSERT,
+        {
+            "tenant": batch.tenant,
+            "batch": batch.id,
+            "ids": ids,
             "pool": batch.pool,
             "held": is_held,
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
             "revisions": _whole(jobs.revisions),
             "est_tokens": _estimates(jobs),
-        },
-    )
-    token_ids = _whole(jobs.token_ids)
-    conn.exec_driver_sql(
-        _INSERT_INPUTS,
-        shared
-        | {
             "custom_ids": _whole(jobs.custom_ids),
             "adapters": _whole(jobs.adapters),
             "prompts": _whole(jobs.prompts),

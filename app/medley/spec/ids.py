@@ -12,20 +12,29 @@ from uuid import UUID
 
 JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
 
+_TAIL = (1 << 62) - 1  # the random bits of an id
+
 _lock = threading.Lock()
 _last = 0
 
 
 def uuid7() -> UUID:
     """A UUIDv7 (RFC 9562, section 5.7), strictly increasing within this process."""
+    return uuid7s(1)[0]
+
+
+def uuid7s(num: int) -> list[UUID]:
+    """`num` of them, in order; many at once cost less than one by one."""
     global _last
     with _lock:
         # 48 bits of milliseconds, then 12 bits that count within one (method 3 of section 6.2).
-        stamp = max(_last + 1, (time.time_ns() * 4096) // 1_000_000)
-        _last = stamp
-    millis, fraction = stamp >> 12, stamp & 0xFFF
-    tail = int.from_bytes(os.urandom(8)) & ((1 << 62) - 1)
-    return UUID(int=(millis << 80) | (0x7 << 76) | (fraction << 64) | (0b10 << 62) | tail)
+        first = max(_last + 1, (time.time_ns() * 4096) // 1_000_000)
+        _last = first + num - 1
+    tails = memoryview(os.urandom(8 * num)).cast("Q")
+    return [
+        UUID(int=(stamp >> 12 << 80) | (0x7 << 76) | ((stamp & 0xFFF) << 64) | (0b10 << 62) | (tail & _TAIL))
+        for stamp, tail in zip(range(first, first + num), tails, strict=True)
+    ]
 
 
 def public_id(prefix: str, value: UUID) -> str:
