@@ -15,12 +15,12 @@ from medley.config import ConfigError
 
 # name: (where, what it says in `medley --help`), in that order.
 COMMANDS = {
-    "submit": ("medley.cli.jobs:submit", "Submit prompts and print their ids."),
+    "submit": ("medley.cli.jobs:submit", "Submit a prompt or a file of jobs."),
     "status": ("medley.cli.jobs:status", "Show a job, a batch or a sweep."),
     "results": ("medley.cli.jobs:results", "Print results as they finish."),
     "cancel": ("medley.cli.jobs:cancel", "Cancel a job, a batch or a sweep."),
     "adapters": ("medley.cli.adapters:adapters", "Add, list and show adapters."),
-    "sweep": ("medley.cli.sweep:sweep", "Run prompts over many adapters and report per adapter."),
+    "sweep": ("medley.cli.sweeps:sweep", "Run prompts over many adapters and report per adapter."),
     "demo": ("medley.cli.demo:demo", "Run a bulk evaluation over the demo's adapters, servers included."),
     "up": ("medley.cli.up:up", "Run everything on this machine."),
     "tenants": ("medley.cli.tenants:tenants", "Add tenants and make their API keys."),

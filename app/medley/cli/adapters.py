@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from medley.cli.progress import bar
-from medley.cli.service import Session, fail, service_command
+from medley.cli.service import MANY_RETRIES, Session, service_command
 from medley.client import Adapter
 from medley.client.adapters import Upload
 from medley.spec.adapters import CONFIG_NAME
@@ -21,11 +21,17 @@ def adapters() -> None:
 @adapters.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--name", help="The adapter's name; the folder's where none is given.")
-@click.option("--parallel", default=8, show_default=True, help="Uploads at once, for a folder of folders.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 32),
+    default=8,
+    show_default=True,
+    help="Uploads at once, for a folder of folders.",
+)
 @service_command
 def add(session: Session, folder: Path, name: str | None, parallel: int) -> None:
     """Upload a PEFT FOLDER, or a folder of such folders: what is there already is skipped."""
-    with session.client() as client:
+    with session.client(retries=MANY_RETRIES) as client:
         if (folder / CONFIG_NAME).exists():
             adapter = client.adapters.add(name or folder.resolve().name, folder)
             session.show(adapter, f"{adapter.full_name}@{adapter.revision}")
@@ -44,9 +50,11 @@ def add(session: Session, folder: Path, name: str | None, parallel: int) -> None
         refused = [u for u in uploads if u.error is not None]
         skipped = sum(u.is_skipped for u in uploads)
         summary = {"added": len(uploads) - skipped - len(refused), "skipped": skipped, "refused": len(refused)}
-        session.show(summary, ", ".join(f"{count} {what}" for what, count in summary.items()))
+        errors = {upload.name: str(upload.error) for upload in refused}
+        session.show(summary | {"errors": errors}, ", ".join(f"{count} {what}" for what, count in summary.items()))
         if refused:
-            fail("\n".join(f"{u.name}: {u.error}" for u in refused))
+            session.fail("\n".join(f"{name}: {error}" for name, error in errors.items()))
+            raise SystemExit(1)
 
 
 @adapters.command(name="list")

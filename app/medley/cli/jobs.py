@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from medley.cli.progress import follow
-from medley.cli.service import Session, fail, sampling_options, service_command
-from medley.client import Batch, JobEnded, Result
+from medley.cli.progress import watch
+from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
+from medley.client import JobEnded, Result
 from medley.client.files import write_jsonl, write_parquet
 from medley.client.types import BatchStatus
 
@@ -28,26 +28,28 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
     wait = options.pop("wait")
     if (prompt is None) == (path is None):
         raise click.UsageError("give either a PROMPT or --file")
-    with session.client() as client:
-        if prompt is not None:
-            name = options.pop("name")
-            if name is not None:
-                raise click.UsageError("--name labels a batch; a single prompt has none")
-            job = client.submit(prompt, **options, **sampling)
-            if wait is False:
-                session.show(job.status, job.id)
-                return
-            try:
-                completion = job.result()
-            except JobEnded as error:
-                fail(str(error))
-            session.show(job.status, completion.text)
+    if prompt is not None and options["name"] is not None:
+        raise click.UsageError("--name labels a batch; a single prompt has none")
+    with session.client(retries=MANY_RETRIES) as client:
+        if path is not None:
+            batch = client.submit_file(path, **options, **sampling)
+            if wait:
+                watch(batch.id, batch)
+            session.show(batch.status, _describe(batch.status) if wait else batch.id)
             return
-        batch = client.submit_file(str(path), **options, **sampling)
-        if wait:
-            follow(batch.id, batch)
-            batch.refresh()
-        session.show(batch.status, _describe(batch.status) if wait else batch.id)
+        del options["name"]
+        assert prompt is not None
+        job = client.submit(prompt, **options, **sampling)
+        if wait is False:
+            session.show(job.status, job.id)
+            return
+        try:
+            completion = job.result()
+        except JobEnded as error:
+            if session.as_json:
+                session.show(error.status, "")
+            raise
+        session.show(job.status, completion.text)
 
 
 @click.command()
@@ -63,7 +65,7 @@ def status(session: Session, target: str | None) -> None:
             job = client.job(target).status
             session.show(job, f"{job.id}\t{job.state}" + (f"\t{job.error.code}" if job.error else ""))
         else:
-            batch = _find(client, target).status
+            batch = client.find(target).status
             session.show(batch, _describe(batch))
 
 
@@ -74,15 +76,14 @@ def status(session: Session, target: str | None) -> None:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write .jsonl or .parquet here.")
 @service_command
 def results(session: Session, batch_id: str, after: int, is_followed: bool, output: Path | None) -> None:
-    """Print the results of a batch or a sweep as they finish, each once."""
-    with session.client() as client:
-        batch = _find(client, batch_id)
-        stream = batch.results(after=after, follow=is_followed)
+    """Print the results of a batch or a sweep as they finish, each once: seq, custom_id, adapter, state, text."""
+    if output is not None and output.suffix not in (".jsonl", ".parquet"):
+        raise click.BadParameter(f"got {output.name!r}, wanted a name in .jsonl or .parquet", param_hint="--output")
+    with session.client(retries=MANY_RETRIES) as client:
+        stream = client.results(batch_id, after=after, follow=is_followed)
         if output is None:
-            session.show_rows(stream, ("seq", "custom_id", "adapter", "state", "text"), _result_row)
+            session.show_lines(stream, _result_row)
             return
-        if output.suffix not in (".jsonl", ".parquet"):
-            raise click.BadParameter(f"got {output.name!r}, wanted a name in .jsonl or .parquet", param_hint="--output")
         write = write_parquet if output.suffix == ".parquet" else write_jsonl
         count = write(output, stream)
         session.show({"path": str(output), "results": count}, f"{count} results in {output}")
@@ -96,10 +97,6 @@ def cancel(session: Session, target: str) -> None:
     with session.client() as client:
         status = client.cancel(target)
         session.show(status, f"{status.id}\t{status.state}")
-
-
-def _find(client: Any, target: str) -> Batch:
-    return client.batch(target) if target.startswith("batch_") else client.get_sweep(target)  # type: ignore[no-any-return]
 
 
 def _describe(batch: BatchStatus) -> str:

@@ -1,7 +1,8 @@
-"""A live bar of a batch: share done, rate, time left. On a terminal a bar, elsewhere a plain line now and then."""
+"""A live bar of long work: share done, rate, time left. On a terminal a bar, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from medley.cli.service import err
 from medley.client import Batch, Result
 
 LINE_S = 5.0  # seconds between plain lines
+LOOK_S = 0.5  # seconds between two looks at a batch
 
 
 class _Rate(TextColumn):
@@ -23,13 +25,13 @@ class _Rate(TextColumn):
 
 
 @contextmanager
-def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes how many are done."""
-    if not err.is_terminal:
-        yield _plain(label, total)
+def bar(label: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes how many of `total` are done; `done` were before the work began."""
+    if not sys.stderr.isatty():
+        yield _plain(label, total, done)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(""),
@@ -37,24 +39,37 @@ def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(label, total=total, completed=done)
         yield lambda done: progress.update(task, completed=done)
 
 
-def _plain(label: str, total: int) -> Callable[[int], None]:
+def _plain(label: str, total: int, done_before: int) -> Callable[[int], None]:
     started = time.monotonic()
-    shown_at = [started]
+    shown_at = started
+    is_whole = False
 
     def show(done: int) -> None:
+        nonlocal shown_at, is_whole
         now = time.monotonic()
-        if done < total and now - shown_at[0] < LINE_S:
+        if is_whole or (done < total and now - shown_at < LINE_S):
             return
-        shown_at[0] = now
-        rate = done / max(now - started, 1e-9)
+        shown_at, is_whole = now, done >= total
+        rate = (done - done_before) / max(now - started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
         click.echo(f"{label}: {done}/{total} ({rate:,.0f}/s{left})", err=True)
 
     return show
+
+
+def watch(label: str, batch: Batch) -> None:
+    """Waits for the batch's end under a bar, without reading its results. `batch.status` is then its last."""
+    counts = batch.status.counts
+    with bar(label, counts.total, done=counts.ended) as show:
+        while True:
+            has_finished = batch.has_finished(wait=LOOK_S)
+            show(batch.refresh().counts.ended)
+            if has_finished:
+                return
 
 
 def follow(label: str, *batches: Batch) -> list[list[Result]]:

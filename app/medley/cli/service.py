@@ -1,27 +1,36 @@
 """How a command reaches the service, and how it shows what it got: shared by every command of a tenant.
 
 A terminal gets tables and bars (rich), a pipe plain lines, and `--json` one JSON value a line everywhere. Results go
-to standard output, progress and errors to standard error.
+to standard output, progress and errors to standard error. Exit 0: done; 1: refused, unreachable or ended without a
+result; 2: the command line was wrong.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from medley.client import Client, MedleyError
+from medley.client import APIError, Client, MedleyError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 out = Console()
 err = Console(stderr=True)
+
+# A command that asks once says soon that nothing is there; one that follows long work outlives a restart.
+FEW_RETRIES, MANY_RETRIES = 2, 8
+# What a model wrote must not steer a terminal, nor break a line in two.
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+_TEXT_ESCAPES = {code: shown for code, shown in _ESCAPES.items() if chr(code) not in "\n\t"}
 
 
 class Session:
@@ -32,58 +41,78 @@ class Session:
         self._url = url
         self._api_key = api_key
 
-    def client(self) -> Client:
+    def client(self, *, retries: int = FEW_RETRIES) -> Client:
         if not self._api_key:
             raise click.UsageError(
                 "no API key: give --api-key or set MEDLEY_API_KEY (`medley tenants add NAME` makes one)"
             )
-        return Client(self._url, self._api_key)
+        try:
+            return Client(self._url, self._api_key, retries=retries)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
 
     def show(self, value: object, text: str) -> None:
         """One value: as JSON, or as `text`."""
         if self.as_json:
-            sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+            _echo_json(value)
         else:
-            click.echo(text)
+            click.echo(text.translate(_TEXT_ESCAPES) if sys.stdout.isatty() else text)
+
+    def show_lines(self, values: Iterable[object], row: Callable[[Any], Sequence[str]]) -> None:
+        """Many values, each as it comes: a JSON line, or tab-separated cells."""
+        for value in values:
+            if self.as_json:
+                _echo_json(value)
+            else:
+                click.echo("\t".join(cell.translate(_ESCAPES) for cell in row(value)))
 
     def show_rows(self, values: Iterable[object], headers: Sequence[str], row: Callable[[Any], Sequence[str]]) -> None:
         """Many values: a JSON line each, a table on a terminal, tab-separated lines in a pipe."""
-        if self.as_json:
-            for value in values:
-                sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
-        elif out.is_terminal:
+        if sys.stdout.isatty() and not self.as_json:
             table = Table(*headers, box=None, header_style="bold")
             for value in values:
-                table.add_row(*(cell.replace("[", "\\[") for cell in row(value)))
+                table.add_row(*(Text(cell.translate(_ESCAPES)) for cell in row(value)))
             out.print(table)
-        else:
+            return
+        if not self.as_json:
             click.echo("\t".join(headers))
-            for value in values:
-                click.echo("\t".join(cell.replace("\t", " ").replace("\n", "\\n") for cell in row(value)))
+        self.show_lines(values, row)
+
+    def fail(self, error: MedleyError | OSError | str) -> None:
+        """Says on standard error what went wrong; the command goes on."""
+        if not self.as_json:
+            click.echo(f"error: {error}", err=True)
+            return
+        body: dict[str, object] = {"message": str(error)}
+        if isinstance(error, APIError):
+            body = {"message": error.message, "code": error.code, "faults": error.faults}
+        click.echo(msgspec.json.encode({"error": body}), err=True)
+
+
+def _echo_json(value: object) -> None:
+    click.echo(msgspec.json.encode(value))
 
 
 def service_command(command: F) -> F:
     """Adds --url, --api-key and --json, passes a `Session`, and turns the client's errors into one line and exit 1."""
 
-    @click.option("--url", envvar="MEDLEY_URL", default="http://127.0.0.1:8765", show_default=True, help="The service.")
+    @click.option("--url", envvar="MEDLEY_URL", default="http://127.0.0.1:8700", show_default=True, help="The service.")
     @click.option("--api-key", envvar="MEDLEY_API_KEY", help="A tenant's key (or MEDLEY_API_KEY).")
     @click.option("--json", "as_json", is_flag=True, help="JSON, one value a line.")
     @functools.wraps(command)
     def wrapped(url: str, api_key: str | None, as_json: bool, **options: Any) -> Any:
+        session = Session(url, api_key, as_json)
         try:
-            return command(Session(url, api_key, as_json), **options)
-        except MedleyError as error:
-            fail(str(error))
+            return command(session, **options)
         except BrokenPipeError:
-            sys.stderr.close()  # the reader has gone, as `head` does
+            # The reader has gone, as `head` does. What Python flushes at its end must go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
+        except (MedleyError, OSError) as error:
+            session.fail(error)
+            raise SystemExit(1) from None
 
     return wrapped  # type: ignore[return-value]
-
-
-def fail(message: str) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    raise SystemExit(1)
 
 
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (

@@ -9,8 +9,8 @@ from typing import Any
 import click
 import msgspec
 
-from medley.cli.progress import follow
-from medley.cli.service import Session, sampling_options, service_command
+from medley.cli.progress import watch
+from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
 from medley.client.types import ReportColumn, SweepReport
 
 HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
@@ -27,14 +27,20 @@ HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
 @sampling_options
 @service_command
 def sweep(session: Session, name: str, prompts: Path | None, patterns: Sequence[str], **options: Any) -> None:
-    """Run PROMPTS (JSONL: prompt, expected, custom_id) over adapters as sweep NAME; the same again resumes it."""
-    with session.client() as client:
-        if options["is_report"] or prompts is None:
+    """Run PROMPTS over adapters as sweep NAME and print the report; the same again resumes it.
+
+    PROMPTS is a JSONL file: a text a line, or prompt, expected, custom_id. Without it, print NAME's report.
+    """
+    is_report = options["is_report"] or prompts is None
+    if is_report and patterns:
+        raise click.UsageError("--adapters runs a sweep, which wants a file of PROMPTS and no --report")
+    if not is_report and not patterns and not options["include_base"]:
+        raise click.UsageError('which adapters? give --adapters, for example --adapters "*"')
+    seeds = _read_seeds(options["seeds"])
+    with session.client(retries=MANY_RETRIES) as client:
+        if is_report or prompts is None:
             show_report(session, client.get_sweep(name).report())
             return
-        if not patterns:
-            raise click.UsageError('which adapters? give --adapters, for example --adapters "*"')
-        seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
         handle = client.sweep(
             name,
             _read_prompts(prompts),
@@ -46,16 +52,23 @@ def sweep(session: Session, name: str, prompts: Path | None, patterns: Sequence[
         if not options["wait"]:
             session.show(handle.status, handle.id)
             return
-        follow(name, handle)
+        watch(name, handle)
         show_report(session, handle.report())
 
 
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _read_seeds(text: str | None) -> list[int] | None:
+    try:
+        return [int(seed) for seed in text.split(",")] if text else None
+    except ValueError as error:
+        raise click.BadParameter(f"got {text!r}, wanted whole numbers between commas", param_hint="--seeds") from error
+
+
+def _read_prompts(path: Path) -> list[str | dict[str, Any]]:
+    rows: list[str | dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+                rows.append(msgspec.json.decode(line, type=str | dict[str, Any]))
             except msgspec.DecodeError as error:
                 raise click.BadParameter(f"line {number} of {path.name}: {error}", param_hint="PROMPTS") from error
     return rows

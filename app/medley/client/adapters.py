@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import msgspec
 
-from medley.client.errors import APIError, MedleyError
-from medley.client.transport import Transport
+from medley.client.errors import APIError
+from medley.client.transport import Transport, decode, segment
 from medley.client.types import Adapter
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
 from medley.spec.revisions import revision_digest
@@ -26,12 +25,12 @@ class _Page(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Upload:
-    """What became of one folder: `adapter` where it is there now, `error` where it was refused."""
+    """What became of one folder: `adapter` where it is there now, `error` where it was refused or cannot be read."""
 
     name: str
     folder: Path
     adapter: Adapter | None
-    error: MedleyError | None
+    error: APIError | OSError | None
     is_skipped: bool  # the same files were there already
 
 
@@ -52,8 +51,8 @@ class Adapters:
                 CONFIG_NAME: (CONFIG_NAME, c, "application/json"),
                 WEIGHTS_NAME: (WEIGHTS_NAME, w, "application/octet-stream"),
             }
-            response = self._transport.request("PUT", f"/v1/adapters/{quote(name, safe='')}", files=files)
-        return msgspec.json.decode(response.content, type=Adapter)
+            response = self._transport.request("PUT", f"/v1/adapters/{segment(name)}", files=files)
+        return decode(Adapter, response)
 
     def add_folder(
         self,
@@ -65,7 +64,8 @@ class Adapters:
         """Uploads every sub-folder that holds an adapter, under the sub-folder's name, `parallel` at a time.
 
         What is there already with the same files is skipped, so a call that was cut is simply made again. One
-        refusal does not stop the others: look at each `Upload.error`.
+        refusal does not stop the others: look at each `Upload.error`. on_upload: called here for each as it is done.
+        Raises FileNotFoundError where no sub-folder holds an adapter, Connection where the service is away.
         """
         folders = sorted(p.parent for p in Path(folder).glob(f"*/{CONFIG_NAME}"))
         if not folders:
@@ -85,11 +85,11 @@ class Adapters:
         return sorted(uploads, key=lambda u: u.name)
 
     def _upload(self, folder: Path, present: Adapter | None) -> Upload:
-        if present is not None and present.digest == _digest(folder):
-            return Upload(folder.name, folder, present, None, is_skipped=True)
         try:
+            if present is not None and present.digest == _digest(folder):
+                return Upload(folder.name, folder, present, None, is_skipped=True)
             return Upload(folder.name, folder, self.add(folder.name, folder), None, is_skipped=False)
-        except APIError as error:
+        except (APIError, OSError) as error:
             return Upload(folder.name, folder, None, error, is_skipped=False)
 
     def list(self) -> Iterator[Adapter]:
@@ -103,11 +103,12 @@ class Adapters:
             after = page.next
 
     def get(self, name: str) -> Adapter:
-        return self._transport.get(Adapter, f"/v1/adapters/{quote(name, safe='')}")
+        """Raises NotFound."""
+        return self._transport.get(Adapter, f"/v1/adapters/{segment(name)}")
 
     def delete(self, name: str) -> None:
-        """Hides the adapter from new jobs; jobs that name it already run to their end."""
-        self._transport.request("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+        """Hides the adapter from new jobs; jobs that name it already run to their end. Raises NotFound."""
+        self._transport.request("DELETE", f"/v1/adapters/{segment(name)}")
 
 
 def _digest(folder: Path) -> str:

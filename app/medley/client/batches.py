@@ -15,7 +15,10 @@ PAGE = 1_000  # results a request
 
 
 class Batch:
-    """A submitted batch. `status` is what was last heard of it."""
+    """A submitted batch. `status` is what was last heard of it.
+
+    As a context manager it cancels itself where the block raises.
+    """
 
     def __init__(self, transport: Transport, status: BatchStatus) -> None:
         self._transport = transport
@@ -35,10 +38,12 @@ class Batch:
         self.status = self._transport.get(BatchStatus, f"/v1/batches/{self.id}")
         return self.status
 
-    def page(self, *, after: int = 0, wait: float | None = None, include_tokens: bool = False) -> ResultPage:
-        """Up to 1,000 results after `after`; waits up to `wait` seconds for the first of them."""
+    def page(
+        self, *, after: int = 0, limit: int = PAGE, wait: float | None = None, include_tokens: bool = False
+    ) -> ResultPage:
+        """Up to `limit` results after `after`; waits up to `wait` seconds for the first of them."""
         include = "tokens" if include_tokens else None
-        params = {"after": after, "limit": PAGE, "wait": wait, "include": include}
+        params = {"after": after, "limit": limit, "wait": wait, "include": include}
         return self._transport.get(ResultPage, f"/v1/batches/{self.id}/results", params)
 
     def results(
@@ -46,26 +51,38 @@ class Batch:
     ) -> Iterator[Result]:
         """Each ended job once, as they end. `after` is the `seq` of the last one already seen, to go on from there.
 
-        follow: wait for jobs that have not ended; else stop at what there is. Raises Timeout where `timeout`
-        seconds pass without the end.
+        follow: wait for jobs that have not ended; else stop at what there is. include_tokens: with token_ids and
+        logprobs. Raises Timeout where `timeout` seconds pass without the end.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = WAIT_S if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise Timeout(f"batch {self.id} has not finished after {timeout:g} s")
-            wait = round(min(WAIT_S, left), 3) if follow else None
+            left_s = WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
+            wait = round(min(WAIT_S, left_s), 3) if follow else None
             page = self.page(after=after, wait=wait, include_tokens=include_tokens)
             yield from page.results
             after = page.next
-            if page.finished or (not follow and not page.results):
+            if page.finished or (not follow and len(page.results) < PAGE):
                 return
+            if left_s == 0:
+                raise self._timeout(timeout)
 
     def wait(self, timeout: float | None = None) -> BatchStatus:
         """Returns once every job has ended. Raises Timeout after `timeout` seconds."""
-        for _ in self.results(after=self.refresh().last_seq, timeout=timeout):
-            pass
-        return self.refresh()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left_s = WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
+            if self.has_finished(wait=round(min(WAIT_S, left_s), 3)):
+                return self.refresh()
+            if left_s == 0:
+                raise self._timeout(timeout)
+
+    def has_finished(self, *, wait: float | None = None) -> bool:
+        """Whether every job has ended; waits up to `wait` seconds for that."""
+        # Results are numbered 1 to total without a gap, so the last one comes with the end.
+        return self.page(after=self.status.counts.total - 1, limit=1, wait=wait).finished
+
+    def _timeout(self, timeout: float | None) -> Timeout:
+        return Timeout(f"{self.id} has not finished after {timeout:g} s")
 
     def cancel(self) -> BatchStatus:
         """Ends what waits and stops what runs; finished results are kept."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -13,7 +15,7 @@ from medley.client.adapters import Adapters
 from medley.client.batches import Batch
 from medley.client.jobs import Job
 from medley.client.sweeps import Sweep
-from medley.client.transport import Transport
+from medley.client.transport import Transport, decode, segment
 from medley.client.types import BatchStatus, JobStatus, Result, WorkerStatus
 
 JobFields = Mapping[str, Any]  # prompt or prompt_token_ids, adapter, custom_id, and sampling fields
@@ -37,7 +39,8 @@ class Client:
     """A tenant's connection to the service at `base_url`. Close it, or use it as a context manager.
 
     timeout: seconds one request may take. retries: of requests that did not get through (all creates carry an
-    idempotency key, so a retry never makes a second job).
+    idempotency key, so a retry never makes a second job). Safe to use from several threads. Raises ValueError for a
+    URL or a key that cannot be one.
     """
 
     def __init__(self, base_url: str, api_key: str, *, timeout: float = 90.0, retries: int = 6) -> None:
@@ -79,6 +82,8 @@ class Client:
         Each is a prompt, or a mapping of prompt (or prompt_token_ids), adapter, custom_id and sampling fields;
         `adapter` and `sampling` given here are the defaults.
         """
+        if isinstance(jobs, str):
+            raise TypeError("jobs: got one text, wanted several; Client.submit takes one")
         rows = [{"prompt": job} if isinstance(job, str) else dict(job) for job in jobs]
         defaults = _present(adapter=adapter) | sampling
         key = _key(idempotency_key)
@@ -90,23 +95,27 @@ class Client:
 
     def submit_file(
         self,
-        path: str,
+        path: str | Path,
         *,
         name: str | None = None,
         adapter: str | None = None,
         priority: str | None = None,
+        deadline_at: datetime | None = None,
         idempotency_key: str | None = None,
         **sampling: Any,
     ) -> Batch:
-        """Submits a JSONL file, a job a line, streamed from disk as it is."""
+        """Submits a JSONL file, a job a line as in `submit_many`, streamed from disk as it is.
+
+        Raises InvalidRequest with the faults of every line; then nothing is queued.
+        """
 
         def lines() -> Iterator[bytes]:
-            with open(path, "rb") as file:  # noqa: PTH123 - a plain name, and the hot path of a large upload
+            with Path(path).open("rb") as file:
                 while chunk := file.read(1 << 20):
                     yield chunk
 
         defaults = _present(adapter=adapter) | sampling
-        options = _present(name=name, priority=priority)
+        options = _present(name=name, priority=priority, deadline_at=deadline_at)
         status = self._post_lines(lines, options, defaults, _key(idempotency_key))
         return Batch(self._transport, status)
 
@@ -115,7 +124,7 @@ class Client:
         name: str,
         prompts: Sequence[str | JobFields],
         *,
-        adapters: Sequence[str],
+        adapters: Sequence[str] = (),
         expected: Sequence[str] | None = None,
         include_base: bool = False,
         seeds: Sequence[int] | None = None,
@@ -130,6 +139,8 @@ class Client:
         what each prompt's answer must equal, in the order of `prompts`. include_base: the base model as a column.
         Raises Conflict where the name belongs to a different sweep.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts: got one text, wanted a sequence of them")
         rows = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
         if expected is not None:
             if len(expected) != len(rows):
@@ -139,37 +150,52 @@ class Client:
         body: dict[str, Any] = {
             "name": name,
             "prompts": rows,
-            "adapters": list(adapters),
+            "adapters": [adapters] if isinstance(adapters, str) else list(adapters),
             "include_base": include_base,
         }
         body |= _present(seeds=seeds, priority=priority, deadline_at=deadline_at) | sampling
         headers = {"Content-Type": "application/json", "Idempotency-Key": _key(None)}
         response = self._transport.request("POST", "/v1/sweeps", content=msgspec.json.encode(body), headers=headers)
-        status = msgspec.json.decode(response.content, type=BatchStatus)
-        return Sweep(self._transport, status, is_resumed=response.status_code == 200)
+        return Sweep(self._transport, decode(BatchStatus, response), is_resumed=response.status_code == 200)
 
     def job(self, job_id: str) -> Job:
-        return Job(self._transport, self._transport.get(JobStatus, f"/v1/jobs/{job_id}"))
+        """The job of that id. Raises NotFound."""
+        return Job(self._transport, self._transport.get(JobStatus, f"/v1/jobs/{segment(job_id)}"))
 
     def batch(self, batch_id: str) -> Batch:
-        return Batch(self._transport, self._transport.get(BatchStatus, f"/v1/batches/{batch_id}"))
+        """The batch (or sweep) of that id. Raises NotFound."""
+        return Batch(self._transport, self._transport.get(BatchStatus, f"/v1/batches/{segment(batch_id)}"))
 
     def get_sweep(self, name_or_id: str) -> Sweep:
-        return Sweep(self._transport, self._transport.get(BatchStatus, f"/v1/sweeps/{name_or_id}"), is_resumed=True)
+        """The sweep of that id or name. Raises NotFound."""
+        status = self._transport.get(BatchStatus, f"/v1/sweeps/{segment(name_or_id)}")
+        return Sweep(self._transport, status, is_resumed=True)
+
+    def find(self, target: str) -> Batch:
+        """A batch by its id, or a sweep by its id or name. Raises NotFound."""
+        return self.batch(target) if target.startswith("batch_") else self.get_sweep(target)
 
     def batches(self, *, limit: int = 50) -> list[BatchStatus]:
         """The newest batches and sweeps."""
         return self._transport.get(_Batches, "/v1/batches", {"limit": limit}).batches
 
-    def results(self, batch: Batch | str, *, after: int = 0, follow: bool = True) -> Iterator[Result]:
-        """The results of a batch or sweep as they finish (see `Batch.results`)."""
-        handle = batch if isinstance(batch, Batch) else self.batch(batch)
-        return handle.results(after=after, follow=follow)
+    def results(
+        self,
+        batch: Batch | str,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        include_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[Result]:
+        """The results of a batch or sweep (itself, its id, or a sweep's name) as they finish: see `Batch.results`."""
+        handle = batch if isinstance(batch, Batch) else self.find(batch)
+        return handle.results(after=after, follow=follow, include_tokens=include_tokens, timeout=timeout)
 
     def cancel(self, target: Job | Batch | str) -> JobStatus | BatchStatus:
-        """Cancels a job, a batch or a sweep, given as itself or by id."""
+        """Cancels a job, a batch or a sweep: itself, its id, or a sweep's name. What has ended stays as it is."""
         if isinstance(target, str):
-            target = self.job(target) if target.startswith("job_") else self.batch(target)
+            target = self.job(target) if target.startswith("job_") else self.find(target)
         return target.cancel()
 
     def workers(self) -> list[WorkerStatus]:
@@ -217,7 +243,11 @@ def _joined(lines: Iterable[bytes], size: int = 1 << 18) -> Iterator[bytes]:
 
 
 def _job_fields(prompt: str | Sequence[int], adapter: str | None, custom_id: str | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+    body: dict[str, Any] = (
+        {"prompt": prompt}
+        if isinstance(prompt, str)
+        else {"prompt_token_ids": [operator.index(token) for token in prompt]}
+    )
     return body | _present(adapter=adapter, custom_id=custom_id)
 
 

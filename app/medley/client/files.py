@@ -31,7 +31,7 @@ _COLUMNS = (
 
 
 def write_jsonl(path: str | Path, results: Iterable[Result]) -> int:
-    """One result a line, with every field that has a value. Returns how many."""
+    """One result a line, with all fields; null where there is no value. Returns how many."""
     count = 0
     with Path(path).open("wb") as file:
         for count, result in enumerate(results, 1):  # noqa: B007 - the last index is the count

@@ -31,11 +31,11 @@ class Job:
         """Returns once the job has ended, however it ended. Raises Timeout after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.status.has_ended:
-            left = WAIT_S if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise Timeout(f"job {self.id} is still {self.status.state} after {timeout:g} s")
-            wait_s = round(max(0.0, min(WAIT_S, left)), 3)
+            left_s = WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
+            wait_s = round(min(WAIT_S, left_s), 3)
             self.status = self._transport.get(JobStatus, f"/v1/jobs/{self.id}", {"wait": wait_s})
+            if left_s == 0 and not self.status.has_ended:
+                raise Timeout(f"job {self.id} is still {self.status.state} after {timeout:g} s")
         return self.status
 
     def result(self, timeout: float | None = None) -> Completion:

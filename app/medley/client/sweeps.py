@@ -16,7 +16,8 @@ class Sweep(Batch):
 
     @property
     def name(self) -> str:
-        return self.status.sweep.name if self.status.sweep else ""
+        assert self.status.sweep is not None
+        return self.status.sweep.name
 
     def report(self) -> SweepReport:
         """Exact match per adapter over what has ended so far, the base beside it."""

@@ -1,0 +1,60 @@
+"""The rest of a service in a thread: expands sweeps as the task worker does, and completes jobs as a worker does."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Self
+
+from api_server import Api
+from sqlalchemy import text
+
+from medley.db.sweeps import read_unexpanded
+from medley.spec.ids import BATCH, public_id
+from medley.tasks.expand import Expander
+
+LOOK_S = 0.02
+
+
+class Working:
+    """Within the block every job that is queued ends soon, as `fields` say (text, state, error, ...)."""
+
+    def __init__(self, api: Api, **fields: Any) -> None:
+        self._api = api
+        self._fields = fields
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="working")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(LOOK_S):
+                expand(self._api)
+                self._finish_queued()
+        except BaseException as error:  # shown by the thread that waits
+            self._error = error
+
+    def _finish_queued(self) -> None:
+        statement = text("SELECT DISTINCT batch_id FROM jobs WHERE pool = :pool AND state = 'queued' AND NOT is_held")
+        with self._api.ledger.working() as conn:
+            waiting = list(conn.execute(statement, {"pool": self._api.ledger.pool}).scalars())
+        for batch in waiting:
+            self._api.finish(public_id(BATCH, batch), **self._fields)
+
+
+def expand(api: Api) -> None:
+    """Turns the cells of every sweep into jobs."""
+    expander = Expander(api.ledger.work, api.ringer, api.ledger.pool)
+    with api.ledger.working() as conn:
+        waiting = read_unexpanded(conn)
+    for sweep in waiting:
+        expander.expand(sweep)
