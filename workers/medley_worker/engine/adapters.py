@@ -35,7 +35,6 @@ __all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable"
 AdapterKey = tuple[str | UUID, str | UUID]
 
 MAX_RANK = 128
-SLOT_RANK = 64  # what one of `adapter_slots` is sized for; ranks are rarely larger
 DEFAULT_ADAPTER_BYTES = 256 << 20
 HOST_BYTES = 1 << 30
 
@@ -53,14 +52,14 @@ def tiles_for(
 ) -> int:
     """How many tiles an engine gets.
 
-    adapter_slots: room for so many adapters of rank 64 on all sites, and for one of rank 128 at the least.
+    adapter_slots: room for so many adapters of the largest rank, 128, on all sites.
     adapter_bytes: what fits into so many bytes, exactly. Neither: 256 MiB, and one of rank 128 at the least.
     """
     layout = tile_layout(model)
     tile_bytes = layout.tile_elements * dtype.itemsize
     largest = len(layout.groups) * MAX_RANK // TILE_RANKS
     if adapter_slots is not None:
-        return max(largest, adapter_slots * len(layout.groups) * SLOT_RANK // TILE_RANKS)
+        return adapter_slots * largest
     if adapter_bytes is not None:
         return adapter_bytes // tile_bytes
     return max(largest, DEFAULT_ADAPTER_BYTES // tile_bytes)
