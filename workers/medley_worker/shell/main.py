@@ -126,8 +126,9 @@ class Shell:
 
         def arrive(ids: list[UUID]) -> None:
             inbox.put(ids)
-            if not self._controller.accepts:
-                self._lease.renew_soon()  # the message may be about a state that is desired since
+            # A message without ids is about the worker's row; one that comes too early may tell of it too.
+            if not ids or not self._controller.accepts:
+                self._lease.renew_soon()
 
         self._messages = Messages(settings.redis_url, worker, arrive)
         # The lease is first: it is what the others' writes stand on.
