@@ -141,6 +141,7 @@ def test_staged_copies_follow_any_order_of_steps(world: World) -> None:
         counts = torch.randint(1, 4, (size,), generator=generator).tolist()
         x = torch.randn(sum(counts), 24, generator=generator)
         got = run(world, x, "o", 1, names, counts)
+        world.stage.check_integrity()
         wanted = torch.zeros(got.shape, dtype=torch.float64)
         world.naive(wanted, x, "o", 1, names, counts)
         assert (got - wanted).abs().max() <= 1e-5 * (1 + wanted.abs().max())

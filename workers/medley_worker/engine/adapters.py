@@ -198,6 +198,7 @@ class AdapterCache:
         """Raises AssertionError unless tiles, residents and host copies agree."""
         self._tiles.check_integrity()
         self._host.check_integrity()
+        self._stage.check_integrity()
         assert set(self._resident) == set(self._tiles.owners()), "residents and tile owners differ"
         assert set(self._resident) <= set(self._sources), "a resident adapter is not registered"
         for key, adapter in self._resident.items():

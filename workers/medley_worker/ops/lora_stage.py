@@ -91,7 +91,7 @@ class AdapterTiles:
     scales: Tensor  # [L, sites] float32, 0 where not adapted
 
 
-class _Stack:
+class LoraStack:
     """The staged blocks of one (group, rank class)."""
 
     def __init__(self, layout: TileLayout, group: GroupShape, num_tiles: int, device: torch.device | str) -> None:
@@ -129,6 +129,12 @@ class _Stack:
             self.slot_of[wanted[i]] = slot
             written.append((slot, i))
         return written
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless slots and holders agree and there is memory for every slot."""
+        held = {key: slot for slot, key in enumerate(self.holder) if key is not None}
+        assert held == self.slot_of, "a slot is lost or held twice"
+        assert self.num_slots <= len(self._a), "a slot has no memory"
 
     def _truncate(self, size: int) -> None:
         for key in self.holder[size:]:
@@ -173,18 +179,18 @@ class LoraStage:
         self.device = pool.device
         self._pool = pool
         self._zero_tile = len(pool) - 1
-        self._stacks: dict[tuple[str, int], _Stack] = {}
+        self._stacks: dict[tuple[str, int], LoraStack] = {}
 
     def rank_class(self, adapter: AdapterTiles, group: str) -> int:
         """The adapter's tiles in a group, rounded up to a power of two; 0: the group is not adapted."""
         num_tiles = len(adapter.tiles.get(group, ()))
         return 0 if num_tiles == 0 else 1 << (num_tiles - 1).bit_length()
 
-    def place(self, group: str, num_tiles: int, wanted: list[tuple[AdapterTiles, int]]) -> tuple[_Stack, list[int]]:
+    def place(self, group: str, num_tiles: int, wanted: list[tuple[AdapterTiles, int]]) -> tuple[LoraStack, list[int]]:
         """The stack of a (group, rank class) with all wanted (adapter, copy) in it, and their slots."""
         stack = self._stacks.get((group, num_tiles))
         if stack is None:
-            stack = _Stack(self.layout, self.layout.group(group), num_tiles, self.device)
+            stack = LoraStack(self.layout, self.layout.group(group), num_tiles, self.device)
             self._stacks[group, num_tiles] = stack
         keys = [(adapter.load_id, copy) for adapter, copy in wanted]
         before = stack.num_slots
@@ -202,6 +208,11 @@ class LoraStage:
         if written or before != stack.num_slots:
             stack.refresh_views()
         return stack, [stack.slot_of[key] for key in keys]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every stack is sound."""
+        for stack in self._stacks.values():
+            stack.check_integrity()
 
     def _padded_tiles(self, adapters: Iterable[AdapterTiles], group: str, num_tiles: int) -> list[int]:
         padded: list[int] = []
