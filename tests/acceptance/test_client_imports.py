@@ -75,7 +75,7 @@ print(done.output)
     assert "pip install 'medley[" in run_without({"sqlalchemy"}, script)
 
 
-def test_help_loads_neither_servers_nor_what_draws_bars() -> None:
+def test_help_loads_no_server_package_and_no_pyarrow() -> None:
     script = "import sys; from medley.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
     loaded = {name.partition(".")[0] for name in run_without(set(), script).splitlines()[-1].split()}
     assert not loaded & (packages_of_extras() | {"pyarrow", "numpy"})
