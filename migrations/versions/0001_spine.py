@@ -256,10 +256,11 @@ CREATE TABLE crashes (
     job_id uuid NOT NULL,
     revision_id uuid,
     worker_id uuid NOT NULL,
+    death_id uuid NOT NULL,                 -- which death: a note of it that is repeated counts once
     num_suspects integer NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-CREATE INDEX crashes_job_id ON crashes (job_id);
+CREATE UNIQUE INDEX crashes_job_id_death_id ON crashes (job_id, death_id);
 CREATE INDEX crashes_revision_id ON crashes (revision_id);
 
 CREATE TABLE workers (

@@ -166,6 +166,11 @@ class Ledger:
         with tenant_transaction(self.api, tenant) as conn:
             return act(conn, batch)
 
+    def analyze(self) -> None:
+        """Renews the planner's statistics."""
+        with self._owner.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(text("ANALYZE"))
+
     def jobs(self) -> dict[UUID, Row[Any]]:
         with self.working() as conn:
             return self._read_jobs(conn)

@@ -16,7 +16,7 @@ import pytest
 from ledger import Ledger
 from sqlalchemy import text
 
-from medley.db import batches, sweeps
+from medley.db import batches, crashes, sweeps
 from medley.db.connections import tenant_transaction
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.spec.ids import uuid7
@@ -120,6 +120,17 @@ def test_a_paused_sweep_expands_into_held_jobs_and_a_cancelled_one_into_ended_on
     assert {row.is_held for row in rows if row.batch_id == paused} == {True}
     assert {row.state for row in rows if row.batch_id == cancelled} == {"cancelled"}
     assert ledger.demand() == {}
+    ledger.check()
+
+
+def test_cells_of_an_adapter_that_was_quarantined_meanwhile_end_at_once(ledger: Ledger, ringer: Ringer) -> None:
+    _, sweep = add_sweep(ledger, 2)
+    with ledger.working() as conn:
+        revision = next(c.revision_id for c in sweeps.read_columns(conn, sweep) if c.revision_id is not None)
+        crashes.quarantine(conn, revision)
+    Expander(ledger.work, ringer, ledger.pool).expand(sweep)
+    states = [(row.state, row.revision_id) for row in ledger.jobs().values()]
+    assert sorted(states, key=str) == sorted([("failed", revision), ("queued", None)] * 2, key=str)
     ledger.check()
 
 

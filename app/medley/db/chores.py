@@ -18,15 +18,17 @@ class Due:
     expand: bool  # a sweep is to be rung
 
 
+# statement_timestamp() holds still, so it can be looked up in an index: beside clock_timestamp() each look would read
+# every deadline there is (measured: 0.3 s for 600,000).
 _DUE = text(
     "SELECT EXISTS (SELECT FROM workers WHERE pool = :pool AND state <> 'gone'"
     "  AND lease_until <= clock_timestamp()) AS mark_gone,"
     " EXISTS (SELECT FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
     "  WHERE w.pool = :pool AND w.state = 'gone') AS reclaim,"
     " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
-    "  AND deadline_at <= clock_timestamp()) AS expire,"
+    "  AND deadline_at <= statement_timestamp()) AS expire,"
     " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < 2"
-    "  AND deadline_at <= clock_timestamp() + make_interval(secs => :near_s)) AS hasten,"
+    "  AND deadline_at <= statement_timestamp() + make_interval(secs => :near_s)) AS hasten,"
     " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand"
 )
 

@@ -2,7 +2,8 @@
 
 All of them are suspects. Each may rerun only in a step of at most half as many (`jobs.step_limit`), so the culprit
 is found in log2(n) further deaths. A job that was alone in the step three times is quarantined; so is an adapter
-revision whose jobs, two at least, were alone three times in all.
+revision whose jobs, two at least, were alone three times in all. Its jobs that are not ended here (held ones, those
+of other workers, those that are made at the same moment) end where they would next be run: see `fetch_inputs`.
 """
 
 from __future__ import annotations
@@ -14,27 +15,37 @@ from sqlalchemy import Connection, text
 
 from medley.db.batches import lock_batches
 from medley.db.ends import End, end_unclaimed
+from medley.spec.ids import uuid7
 
 ALONE_LIMIT = 3  # deaths with nothing else in the step before a job or an adapter is quarantined
+END_LIMIT = 20_000  # queued jobs that a quarantine ends itself: a second's transaction
+
+# Queued jobs are found by pool and lane, which the demand names: no index of `jobs` begins with the lane.
+_QUEUED = (
+    " FROM demand d JOIN jobs q ON q.pool = d.pool AND q.lane = d.lane AND q.priority = d.priority"
+    " AND q.state = 'queued' AND NOT q.is_held WHERE d.num_queued > 0 AND d.lane"
+)
 
 # The batches this transaction may touch: the suspects' own, and those with queued jobs of a revision that one more
 # death alone would quarantine.
 _AT_STAKE = text(
     "SELECT batch_id FROM jobs WHERE id = ANY(:jobs)"
-    " UNION SELECT q.batch_id FROM jobs q WHERE q.state = 'queued' AND q.lane IN ("
+    f" UNION SELECT q.batch_id {_QUEUED} IN ("
     "  SELECT revision_id FROM crashes WHERE num_suspects = 1"
     "  AND revision_id IN (SELECT revision_id FROM jobs WHERE id = ANY(:jobs))"
     "  GROUP BY revision_id HAVING count(*) >= :limit - 1)"
 )
 
 _SUSPECT = """
-UPDATE jobs j SET crashes = crashes + 1, step_limit = %(limit)s
+UPDATE jobs j SET crashes = crashes + %(num_crashes)s, step_limit = %(limit)s
 FROM unnest(%(jobs)b::uuid[], %(attempts)b::int4[]) AS r(id, attempt)
 WHERE j.id = r.id AND j.attempt = r.attempt
     AND coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
     SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
 RETURNING j.id, j.tenant_id, j.revision_id
 """
+
+_KNOWN = text("SELECT EXISTS (SELECT FROM crashes WHERE job_id = ANY(:jobs) AND death_id = :death)")
 
 _GUILTY_JOBS = text(
     "SELECT job_id FROM crashes WHERE job_id = ANY(:jobs) AND num_suspects = 1 GROUP BY job_id"
@@ -43,19 +54,27 @@ _GUILTY_JOBS = text(
 
 _GUILTY_REVISIONS = text(
     "SELECT revision_id FROM crashes WHERE revision_id = ANY(:revisions) AND num_suspects = 1 GROUP BY revision_id"
-    " HAVING count(*) >= :limit AND count(DISTINCT job_id) >= 2"
+    " HAVING count(*) >= :limit AND count(DISTINCT job_id) >= 2 ORDER BY revision_id"
 )
 
+# One that another worker's crash has quarantined is no less guilty here.
+_QUARANTINED = text("SELECT id FROM adapter_revisions WHERE id = ANY(:revisions) AND quarantined_at IS NOT NULL")
 
-def record_crash(conn: Connection, worker: UUID, suspects: Sequence[tuple[UUID, int]]) -> tuple[set[UUID], set[UUID]]:
+
+def record_crash(
+    conn: Connection, worker: UUID, suspects: Sequence[tuple[UUID, int]], *, death: UUID | None = None
+) -> tuple[set[UUID], set[UUID]]:
     """Notes that an engine died with these (job, attempt) in its step. The suspects stay leased to `worker`.
 
-    Returns (jobs to quarantine, adapter revisions that are now quarantined): the worker ends the former, and its
-    jobs of the latter, by `complete` with `job_quarantined` and `adapter_quarantined`. Queued jobs of a quarantined
-    revision are failed here.
+    Returns (jobs to quarantine, adapter revisions of the suspects that are quarantined, now or before): the worker
+    ends the former, and its jobs of the latter, by `complete` with `job_quarantined` and `adapter_quarantined`.
+    Queued jobs of a revision that is quarantined now are failed here. `death` names the one death, so that a call
+    whose answer was lost can be repeated: it counts once and answers the same.
     """
-    jobs_at_stake = {"jobs": [job for job, _ in suspects], "limit": ALONE_LIMIT}
-    lock_batches(conn, conn.execute(_AT_STAKE, jobs_at_stake).scalars())
+    death = uuid7() if death is None else death
+    ids = [job for job, _ in suspects]
+    lock_batches(conn, conn.execute(_AT_STAKE, {"jobs": ids, "limit": ALONE_LIMIT}).scalars())
+    is_known = conn.execute(_KNOWN, {"jobs": ids, "death": death}).scalar_one()
     rows = conn.exec_driver_sql(
         _SUSPECT,
         {
@@ -63,14 +82,15 @@ def record_crash(conn: Connection, worker: UUID, suspects: Sequence[tuple[UUID, 
             "jobs": [job for job, _ in suspects],
             "attempts": [attempt for _, attempt in suspects],
             "limit": max(1, (len(suspects) + 1) // 2),
+            "num_crashes": 0 if is_known else 1,
         },
     ).all()
     if not rows:
         return set(), set()
     conn.execute(
         text(
-            "INSERT INTO crashes (tenant_id, job_id, revision_id, worker_id, num_suspects)"
-            " VALUES (:tenant, :job, :revision, :worker, :num_suspects)"
+            "INSERT INTO crashes (tenant_id, job_id, revision_id, worker_id, death_id, num_suspects)"
+            " VALUES (:tenant, :job, :revision, :worker, :death, :num_suspects) ON CONFLICT DO NOTHING"
         ),
         [
             {
@@ -78,19 +98,21 @@ def record_crash(conn: Connection, worker: UUID, suspects: Sequence[tuple[UUID, 
                 "job": row.id,
                 "revision": row.revision_id,
                 "worker": worker,
+                "death": death,
                 "num_suspects": len(suspects),
             }
             for row in rows
         ],
     )
     jobs = conn.execute(_GUILTY_JOBS, {"jobs": [row.id for row in rows], "limit": ALONE_LIMIT}).scalars()
-    revisions = {row.revision_id for row in rows if row.revision_id is not None}
-    guilty = conn.execute(_GUILTY_REVISIONS, {"revisions": list(revisions), "limit": ALONE_LIMIT}).scalars()
-    return set(jobs), {revision for revision in guilty if quarantine(conn, revision)}
+    revisions = sorted({row.revision_id for row in rows if row.revision_id is not None})
+    for guilty in conn.execute(_GUILTY_REVISIONS, {"revisions": revisions, "limit": ALONE_LIMIT}).scalars().all():
+        quarantine(conn, guilty)
+    return set(jobs), set(conn.execute(_QUARANTINED, {"revisions": revisions}).scalars())
 
 
 def quarantine(conn: Connection, revision: UUID) -> bool:
-    """Fails the revision's queued jobs and refuses new ones. False where that was done before."""
+    """Fails up to `END_LIMIT` of the revision's queued jobs and refuses new ones. False where that was done before."""
     row = conn.execute(
         text(
             "UPDATE adapter_revisions SET quarantined_at = clock_timestamp()"
@@ -101,7 +123,7 @@ def quarantine(conn: Connection, revision: UUID) -> bool:
     if row is None:
         return False
     queued = conn.execute(
-        text("SELECT id FROM jobs WHERE lane = :revision AND state = 'queued'"), {"revision": revision}
+        text(f"SELECT q.id {_QUEUED} = :revision LIMIT :limit"), {"revision": revision, "limit": END_LIMIT}
     ).scalars()
     end_unclaimed(conn, list(queued), End.quarantined())
     return True

@@ -112,7 +112,7 @@ def expire_queued(conn: Connection, limit: int = 5_000) -> set[UUID]:
     due = conn.execute(
         text(
             "SELECT id, batch_id FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
-            " AND deadline_at <= clock_timestamp() LIMIT :limit"
+            " AND deadline_at <= statement_timestamp() LIMIT :limit"
         ),
         {"limit": limit},
     ).all()
@@ -125,7 +125,7 @@ def expire_queued(conn: Connection, limit: int = 5_000) -> set[UUID]:
 _HASTEN = """
 WITH near AS (
     SELECT id, priority FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < %(high)s
-        AND deadline_at <= clock_timestamp() + make_interval(secs => %(within_s)s)
+        AND deadline_at <= statement_timestamp() + make_interval(secs => %(within_s)s)
     LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), raised AS (
     UPDATE jobs j SET priority = %(high)s FROM near WHERE j.id = near.id

@@ -41,7 +41,7 @@ def forget_keys(conn: Connection, *, older_than_s: float, limit: int = 10_000) -
     return conn.execute(
         text(
             "DELETE FROM idempotency_keys WHERE (tenant_id, key) IN (SELECT tenant_id, key FROM idempotency_keys"
-            " WHERE created_at < clock_timestamp() - make_interval(secs => :age) LIMIT :limit)"
+            " WHERE created_at < statement_timestamp() - make_interval(secs => :age) LIMIT :limit)"
         ),
         {"age": older_than_s, "limit": limit},
     ).rowcount

@@ -28,10 +28,12 @@ class Assigned:
     checkpoint: Checkpoint | None
     priority: int
     step_limit: int | None
+    is_quarantined: bool  # its adapter revision is: it must not run
 
 
 _FETCH = """
 SELECT j.id, j.attempt, j.tenant_id, j.revision_id, a.digest, j.priority, j.step_limit, i.seed,
+    a.quarantined_at IS NOT NULL AS is_quarantined,
     coalesce(i.prompt, p.prompt) AS prompt, coalesce(i.prompt_token_ids, p.prompt_token_ids) AS token_ids,
     coalesce(i.sampling, s.sampling)::text AS sampling, c.token_ids AS kept_ids, c.logprobs AS kept_logprobs
 FROM jobs j JOIN job_inputs i ON i.job_id = j.id
@@ -62,6 +64,7 @@ def fetch_inputs(conn: Connection, worker: UUID, jobs: Sequence[UUID]) -> list[A
             else Checkpoint(token_ids=tuple(row.kept_ids), logprobs=tuple(row.kept_logprobs)),
             priority=row.priority,
             step_limit=row.step_limit,
+            is_quarantined=row.is_quarantined,
         )
         for row in rows
     ]

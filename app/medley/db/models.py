@@ -292,9 +292,10 @@ crashes = Table(
     Column("job_id", UUID, nullable=False),
     Column("revision_id", UUID),
     Column("worker_id", UUID, nullable=False),
+    Column("death_id", UUID, nullable=False),
     Column("num_suspects", Integer, nullable=False),
     _created(),
-    Index("crashes_job_id", "job_id"),
+    Index("crashes_job_id_death_id", "job_id", "death_id", unique=True),
     Index("crashes_revision_id", "revision_id"),
 )
 

@@ -28,6 +28,8 @@ class Claimed:
     est_tokens: int
 
 
+# An array hides from the planner how many jobs it thinks are picked: it takes a tenth of each lane's, and would read
+# the whole table to find them (measured: 0.2 s for 900 of 600,000).
 _CLAIM = """
 WITH want AS (
     SELECT * FROM unnest(%(lanes)b::uuid[], %(counts)b::int4[]) WITH ORDINALITY AS w(lane, n, ord)
@@ -39,8 +41,8 @@ WITH want AS (
     ) q
 )
 UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
-FROM picked, workers w
-WHERE j.id = picked.id AND w.id = %(worker)s AND w.state IN ('active', 'waking')
+FROM workers w
+WHERE j.id = ANY(ARRAY(SELECT id FROM picked)) AND w.id = %(worker)s AND w.state IN ('active', 'waking')
     AND w.lease_until > clock_timestamp()
 RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
 """

@@ -161,6 +161,9 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
     )
     if row.cancel_requested_at is not None:
         end_unclaimed(conn, ids, End(JobState.CANCELLED))
+    else:
+        barred = [job for job, cell in zip(ids, cells, strict=True) if cell.quarantined_at is not None]
+        end_unclaimed(conn, barred, End.quarantined())
     return bool(done)
 
 

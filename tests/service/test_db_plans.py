@@ -1,0 +1,47 @@
+"""The plans of statements that run all day: none reads a whole table, however full the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from ledger import Ledger
+from sqlalchemy import text
+
+from medley.db import chores, crashes, queue
+
+NUM_LANES = 20
+
+
+@pytest.fixture
+def ledger(module_database: Any) -> Iterator[Ledger]:
+    made = Ledger(module_database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lanes(ledger: Ledger) -> list[UUID]:
+    """The lanes of a full queue, whose deadlines are far, with fresh statistics."""
+    tenant = ledger.add_tenant()
+    revisions = [ledger.add_revision(tenant, f"adapter{i}") for i in range(NUM_LANES)]
+    ledger.submit(tenant, revisions * 500, deadline_at=datetime.now(UTC) + timedelta(days=1))
+    ledger.analyze()
+    return revisions
+
+
+def test_a_full_queue_is_claimed_from_and_looked_at_by_index(ledger: Ledger, lanes: list[UUID]) -> None:
+    claim = {"pool": ledger.pool, "worker": ledger.start_worker(), "lanes": lanes, "counts": [3] * NUM_LANES}
+    at_stake = {"jobs": [], "limit": 1}
+    with ledger.working() as conn:
+        plans = [
+            conn.exec_driver_sql("EXPLAIN " + queue._CLAIM, claim).scalars().all(),
+            conn.execute(text("EXPLAIN " + chores._DUE.text), {"pool": ledger.pool, "near_s": 60.0}).scalars().all(),
+            conn.execute(text("EXPLAIN " + crashes._AT_STAKE.text), at_stake).scalars().all(),
+        ]
+    for plan in plans:
+        assert not [line for line in plan if "Seq Scan on jobs" in line]
+    assert sum("Index Cond: (deadline_at <= " in line for line in plans[1]) == 2
