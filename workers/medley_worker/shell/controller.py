@@ -19,6 +19,7 @@ from medley.db.crashes import record_crash
 from medley.db.ends import Result
 from medley.db.workers import Room, WorkerState
 from medley.spec.errors import ErrorCode, JobError
+from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 from medley.spec.wire import EngineConfig, FromEngine, JobKey, Ready, Release
 from medley_worker.shell.engine_link import EngineLink
@@ -34,6 +35,7 @@ STOP_S = 1.5  # for an idle engine to end by itself
 FLUSH_S = 3.0  # for the last results and releases; together within the 10 s that a worker has to stop
 LOOK_S = 1.0
 STALL_S = 300.0  # a loaded engine speaks each second, and between steps; no step takes this long
+LOAD_STALL_S = 1_800.0  # it is silent while it loads; jobs that outlived the last engine wait for that
 
 log = structlog.get_logger()
 
@@ -121,13 +123,16 @@ class Controller:
         except EngineUseless:
             self._leave()
             raise
-        self._leave()
+        try:
+            self._leave()
+        except EngineUseless:  # the engine died while it was asked for its jobs: what it had still goes back
+            self._leave()
 
     def _turn(self) -> None:
         link = self._link
         if link is not None and link.has_ended:
             self._bury(link)
-        elif link is not None and self._ready is not None and link.silent_s > STALL_S:
+        elif link is not None and link.silent_s > (LOAD_STALL_S if self._ready is None else STALL_S):
             log.error("engine.stalled", worker=self._worker.hex, pid=link.pid, silent_s=round(link.silent_s))
             link.kill()  # and its next turn finds the suspects
         elif self._desired is not WorkerState.ACTIVE:
@@ -199,8 +204,10 @@ class Controller:
         self._start_at_s = time.monotonic() + wait_s
 
     def _quarantine(self, suspects: list[JobKey]) -> None:
+        death = uuid7()  # the note may be repeated and counts once
+
         def record(conn: Connection) -> tuple[set[UUID], set[UUID]]:
-            return record_crash(conn, self._worker, [(key.job, key.attempt) for key in suspects])
+            return record_crash(conn, self._worker, [(key.job, key.attempt) for key in suspects], death=death)
 
         jobs, revisions = self._transactions.insist("recording a crash", record)
         if not jobs and not revisions:

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from sqlalchemy import Connection
 
-from medley.db.ends import Result
+from medley.db.ends import End, Result
 from medley.db.inputs import Assigned, fetch_inputs
 from medley.db.inputs import assigned as rows_assigned
 from medley.spec.errors import ErrorCode, JobError
@@ -104,6 +104,9 @@ class Intake:
                 self._results.put([Result(job=key.job, attempt=key.attempt, state=JobState.FAILED, error=failure)])
 
 
+_UNREADABLE = JobError(code=ErrorCode.ENGINE, message="prompt: the model's tokenizer cannot read it")
+
+
 class Preparation:
     """Turns inputs into what the engine takes. Without state of its own."""
 
@@ -114,13 +117,12 @@ class Preparation:
 
     def prepare(self, assigned: Sequence[Assigned]) -> tuple[list[Held], list[Result]]:
         """All jobs for the table, and the results of those among them (ENDING) that cannot run."""
-        texts = [job for job in assigned if job.prompt_token_ids is None]
-        tokens = dict(zip((job.job for job in texts), self._codec.encode([j.prompt or "" for j in texts]), strict=True))
+        tokens = self._tokens([job for job in assigned if job.prompt_token_ids is None])
         jobs: list[Held] = []
         failures: list[Result] = []
         for job in assigned:
-            ids = tuple(tokens[job.job]) if job.prompt_token_ids is None else job.prompt_token_ids
-            ready = self._item(job, ids)
+            ids = tokens.get(job.job, ()) if job.prompt_token_ids is None else job.prompt_token_ids
+            ready = self._item(job, ids) if job.prompt_token_ids is not None or job.job in tokens else _UNREADABLE
             if isinstance(ready, JobError):
                 jobs.append(Held(JobKey(job.job, job.attempt), phase=Phase.ENDING))
                 failures.append(
@@ -136,7 +138,24 @@ class Preparation:
                 jobs.append(Held(ready.key, ready, job.step_limit))
         return jobs, failures
 
+    def _tokens(self, jobs: Sequence[Assigned]) -> dict[UUID, tuple[int, ...]]:
+        """The tokens of each prompt; those that the tokenizer refuses are left out, found by halves."""
+        try:
+            encoded = self._codec.encode([job.prompt or "" for job in jobs])
+        except Exception as error:  # the Rust binding raises plain Exception
+            if len(jobs) > 1:
+                middle = len(jobs) // 2
+                return self._tokens(jobs[:middle]) | self._tokens(jobs[middle:])
+            # Without the error's text, which may quote the prompt.
+            log.error("prompt.unreadable", job=jobs[0].job.hex, error=type(error).__name__)
+            return {}
+        return {job.job: tuple(ids) for job, ids in zip(jobs, encoded, strict=True)}
+
     def _item(self, job: Assigned, ids: tuple[int, ...]) -> WorkItem | JobError:
+        if job.is_quarantined:
+            error = End.quarantined().error
+            assert error is not None
+            return error
         longest = self._max_model_len()
         if longest is not None and len(ids) + 1 > longest:
             return JobError(

@@ -30,6 +30,10 @@ FULL_FLUSH = 512  # with this many there is no point in waiting for more
 LINGER_S = 0.02  # how long the first result of a flush waits for company,
 BUSY_LINGER_S = 0.1  # and where so many are held that company is sure to come: a flush has a cost of its own
 
+# Faults of the data. Any other (a schema or a right that is missing) is no result's: it ends the process, and the
+# jobs go to another worker.
+_REFUSALS = (sqlalchemy.exc.DataError, sqlalchemy.exc.IntegrityError, ValueError)
+
 log = structlog.get_logger()
 
 
@@ -104,7 +108,7 @@ class Results:
 
         try:
             ended = self._transactions.insist("storing results", complete)
-        except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
+        except _REFUSALS as error:
             self._store_apart(results, error)
             return
         self._held.drop(JobKey(result.job, result.attempt) for result in results)
@@ -123,9 +127,10 @@ class Results:
         (result,) = results
         cause = type(getattr(error, "orig", error)).__name__
         log.error("result.refused", job=result.job.hex, attempt=result.attempt, error=cause)
-        if result.state is not JobState.FAILED:
-            failure = JobError(code=ErrorCode.ENGINE, message=f"the result could not be stored: {cause}")
-            self._store([Result(job=result.job, attempt=result.attempt, state=JobState.FAILED, error=failure)])
+        failure = JobError(code=ErrorCode.ENGINE, message=f"the result could not be stored: {cause}")
+        if result.error == failure:
+            raise error  # a job that cannot be ended must not be held for ever
+        self._store([Result(job=result.job, attempt=result.attempt, state=JobState.FAILED, error=failure)])
 
     def _release(self, releases: list[Release]) -> None:
         def release(conn: Connection) -> list[UUID]:

@@ -16,8 +16,14 @@ from sqlalchemy import Connection
 
 from medley.db.connections import make_engine, transaction
 
-# Lost connections, deadlocks, timeouts, shutdowns: all pass. A fault of the data is none of these.
-Unreachable = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+# Lost connections, deadlocks, timeouts, shutdowns: all pass. A fault of the data is none of these. An InternalError is
+# what a process hears that was frozen in a transaction, and one that met a server which is not yet writable.
+Unreachable = (
+    sqlalchemy.exc.OperationalError,
+    sqlalchemy.exc.InterfaceError,
+    sqlalchemy.exc.InternalError,
+    sqlalchemy.exc.TimeoutError,
+)
 
 MAX_WAIT_S = 2.0
 IDLE_IN_TRANSACTION_MS = 10_000  # a frozen shell holds its batches' rows no longer

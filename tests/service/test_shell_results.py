@@ -1,0 +1,87 @@
+"""Results on their way to PostgreSQL: what it refuses fails alone, what passes is waited for, nothing is held on to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ledger import Ledger, result
+from sqlalchemy import Connection, text
+
+from medley.db import ends
+from medley.rings import Ringer
+from medley.spec.errors import ErrorCode, JobError
+from medley.spec.jobs import JobState
+from medley.spec.wire import JobKey
+from medley_worker.shell.held import Held, HeldJobs, Phase
+from medley_worker.shell.results import Results
+from medley_worker.shell.transactions import Transactions
+
+
+@pytest.fixture
+def ledger(module_database: Any) -> Iterator[Ledger]:
+    made = Ledger(module_database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def transactions(module_database: Any) -> Iterator[Transactions]:
+    made = Transactions(module_database.url("medley_work"), num_threads=1)
+    yield made
+    made._engine.dispose()
+
+
+def wait_until(holds: Callable[[], object], *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+def test_a_failure_whose_words_are_refused_is_stored_in_other_words(
+    ledger: Ledger, transactions: Transactions, redis_url: str
+) -> None:
+    tenant, worker = ledger.add_tenant(), ledger.start_worker()
+    ledger.submit(tenant, [None] * 3)
+    jobs = [(c.job, c.attempt) for c in ledger.claim(worker, [(tenant, 3)])]
+    held, ringer = HeldJobs(), Ringer(redis_url)
+    held.hold([Held(JobKey(*job), phase=Phase.ENDING) for job in jobs])
+    results = Results(
+        transactions, worker, held, ringer, pool=ledger.pool, low_water=1, on_fenced=lambda: pytest.fail("fenced")
+    )
+    threading.Thread(target=results.run, daemon=True).start()
+    unspeakable = JobError(code=ErrorCode.ADAPTER_UNAVAILABLE, message="not text: \udc80")
+    failed = result(*jobs[1], state=JobState.FAILED, text=None, num_tokens=0, error=unspeakable)
+    results.put([result(*jobs[0]), failed, result(*jobs[2])])
+    wait_until(lambda: not len(held))
+    assert [ledger.jobs()[job].state for job, _ in jobs] == ["succeeded", "failed", "succeeded"]
+    ledger.check()
+    ringer.close()
+
+
+def test_a_transaction_that_was_frozen_too_long_is_begun_again(ledger: Ledger, transactions: Transactions) -> None:
+    tenant, worker = ledger.add_tenant(), ledger.start_worker()
+    ledger.submit(tenant, [None])
+    ((job, attempt),) = [(c.job, c.attempt) for c in ledger.claim(worker, [(tenant, 1)])]
+    tries: list[None] = []
+
+    def complete(conn: Connection) -> list[ends.Ended]:
+        tries.append(None)
+        if len(tries) == 1:
+            conn.execute(text("SET idle_in_transaction_session_timeout = 1"))
+            with ledger.working() as other:
+                wait_until(lambda: not _is_alive(other, conn))
+        return ends.complete(conn, worker, [result(job, attempt)])
+
+    assert [end.job for end in transactions.insist("storing", complete)] == [job]
+    assert len(tries) == 2
+
+
+def _is_alive(other: Connection, conn: Connection) -> bool:
+    pid = conn.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
+    found = other.execute(text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid})
+    return found.one_or_none() is not None
