@@ -16,7 +16,7 @@ from uuid import UUID
 
 import redis
 import structlog
-from kombu.exceptions import KombuError, OperationalError
+from kombu.exceptions import KombuError
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
@@ -110,7 +110,7 @@ class Ringer:
             for item in items:
                 if isinstance(item, _Task):
                     self._celery.send_task(item.name, args=list(item.args), queue=item.queue)
-        except (redis.RedisError, KombuError, OperationalError, OSError) as error:
+        except Exception as error:  # kombu lets some through that are neither its own nor the network's
             # One line an outage: every request rings.
             if not self._was_down:
                 log.warning("ring.lost", num_lost=len(items), error=type(error).__name__)

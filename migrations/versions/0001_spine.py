@@ -115,6 +115,8 @@ CREATE TABLE sweeps (
     num_prompts integer NOT NULL,
     num_columns integer NOT NULL,
     num_expanded integer NOT NULL DEFAULT 0,    -- cells that have become jobs
+    next_prompt_idx integer NOT NULL DEFAULT 0, -- the prompt whose cells become jobs next,
+    next_num_expanded integer NOT NULL DEFAULT 0,   -- and how many of them have
     expand_due_at timestamptz,              -- when the expansion is rung again; null once it is whole
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     UNIQUE (tenant_id, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import signal
@@ -16,11 +17,11 @@ from uuid import UUID
 import pytest
 import redis
 from ledger import Ledger
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import batches
+from medley.db import batches, flags
 from medley.db.connections import make_engine
 from medley.db.workers import WorkerState
 from medley.dispatcher.loop import Dispatcher
@@ -233,6 +234,21 @@ def test_jobs_past_their_deadline_expire_and_who_waits_for_them_is_rung(stage: S
 
         wait_until(hears_it)
     stage.ledger.check()
+
+
+def test_a_long_chore_is_spread_over_ticks_and_stops_no_plan(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    expire_one = functools.partial(flags.expire_queued, limit=1)
+
+    def expire_slowly(conn: Connection) -> set[UUID]:
+        stage.clock.now += 1.0
+        return expire_one(conn)
+
+    monkeypatch.setattr(flags, "expire_queued", expire_slowly)
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.let_deadline_pass(stage.ledger.submit(tenant, [None] * 3))
+    stage.ledger.start_worker(max_num_seqs=1)
+    stage.dispatcher().tick()
+    assert stage.states() == ["expired", "leased", "leased"]
 
 
 def test_tenants_are_served_alike_however_much_one_asks_for(stage: Stage) -> None:

@@ -97,6 +97,37 @@ def test_an_expansion_that_was_cut_goes_on_where_it_stood(
     ledger.check()
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_every_cell_becomes_one_job_however_large_a_chunk_is(ledger: Ledger, chunk: int) -> None:
+    tenant = ledger.add_tenant()
+    columns = ["a", "b", "c", None]
+    only = [None, "b", "b", None, "a", None, "c", "c", "c", None]
+    sweep = sweeps.NewSweep(
+        name="sweep",
+        definition_sha256=hashlib.sha256(b"").digest(),
+        sampling='{"max_tokens": 4}',
+        seeds=[5, 3],
+        prompts=[sweeps.SweepPrompt("prompt", None, None, None, adapter) for adapter in only],
+        columns=[sweeps.SweepColumn(name, name and ledger.add_revision(tenant, name)) for name in columns],
+    )
+    batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
+    with tenant_transaction(ledger.api, tenant) as conn:
+        sweeps.create_sweep(conn, batch, sweep)
+    is_whole = False
+    while not is_whole:
+        with ledger.working() as conn:
+            is_whole = sweeps.expand(conn, batch.id, limit=chunk)
+        assert is_whole or len(cells(ledger, batch.id)) % chunk == 0, "a chunk is full but for the last"
+    assert cells(ledger, batch.id) == [
+        (prompt, seed, column)
+        for prompt, own in enumerate(only)
+        for seed in (5, 3)
+        for column, name in enumerate(columns)
+        if own is None or name in (own, None)
+    ]
+    ledger.check()
+
+
 def test_a_look_expands_a_sweep_that_does_not_move(ledger: Ledger, ringer: Ringer) -> None:
     _, sweep = add_sweep(ledger, 2)
     expander = Expander(ledger.work, ringer, ledger.pool)

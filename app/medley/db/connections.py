@@ -39,12 +39,19 @@ def make_engine(
             "application_name": f"medley-{name}",
             "options": options,
             "connect_timeout": CONNECT_TIMEOUT_S,
-            # A cut network shows as an error within ~10 s rather than as a read that never returns.
+            # A cut network shows as an error within ~10 s rather than as a read that never returns: the first three
+            # are for a connection that waits for an answer, the last for one whose question did not get through.
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
         },
     )
+
+
+def allow_minutes(conn: Connection) -> None:
+    """Lets the rest of this transaction take its time: a whole batch, up to a million jobs, is one statement."""
+    conn.execute(text("SET LOCAL statement_timeout = '10min'"))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from medley.db.batches import lock_batches
+from medley.db.connections import allow_minutes
 from medley.db.demand import array_literal, charge
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import FinishReason, JobState
@@ -214,6 +215,7 @@ def end_unclaimed(conn: Connection, jobs: Sequence[UUID], end: End) -> int:
 
 def end_batch_queue(conn: Connection, batch: UUID, end: End) -> int:
     """Ends every queued job of a batch. Returns how many."""
+    allow_minutes(conn)
     lock_batches(conn, [batch])
     count: int = conn.exec_driver_sql(_END_BATCH, {"batch": batch, **_end_parameters(end)}).scalar_one()
     return count

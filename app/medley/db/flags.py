@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from medley.db.batches import HIGH, lock_batches
+from medley.db.connections import allow_minutes
 from medley.db.ends import End, end_batch_queue, end_unclaimed
 from medley.spec.jobs import JobState
 
@@ -75,6 +76,7 @@ def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) ->
     statement = f"UPDATE batches SET paused_at = {paused_at} WHERE id = :id AND finished_at IS NULL RETURNING id"
     if conn.execute(text(statement), {"id": batch}).one_or_none() is None:
         return False
+    allow_minutes(conn)
     conn.exec_driver_sql(_HOLD, {"batch": batch, "held": held, "sign": -1 if held else 1})
     return True
 

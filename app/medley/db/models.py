@@ -142,6 +142,8 @@ sweeps = Table(
     Column("num_prompts", Integer, nullable=False),
     Column("num_columns", Integer, nullable=False),
     _count("num_expanded"),
+    _count("next_prompt_idx"),
+    _count("next_num_expanded"),
     Column("expand_due_at", AT),
     _created(),
     UniqueConstraint("tenant_id", "name"),

@@ -2,7 +2,9 @@
 
 Cells are numbered prompt-major, so that one adapter's jobs spread over the whole run and every column progresses:
 cell = (prompt_idx * num_seeds + seed_idx) * num_columns + column_idx. A prompt that belongs to one adapter alone
-has cells for that adapter and the base only, so cells are the rows of `_CELLS`, in that order.
+has cells for that adapter and the base only, so cells are the rows of `_CELLS`, in that order. Progress is kept as a
+prompt and the number of its cells that have become jobs: counted from the first cell, each chunk would make all
+earlier ones again.
 """
 
 from __future__ import annotations
@@ -121,11 +123,17 @@ _CELLS = text(
     "SELECT p.prompt_idx, c.column_idx, q.seed, p.custom_id, c.adapter, c.revision_id,"
     " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1) AS est_prompt_tokens,"
     " r.quarantined_at"
-    " FROM sweep_prompts p CROSS JOIN unnest(CAST(:seeds AS bigint[])) WITH ORDINALITY AS q(seed, seed_idx)"
+    # As many prompts as have `num_skipped + limit` cells for certain: all columns, or one at the least.
+    " FROM (SELECT n.*, sum(n.num_cells) OVER (ORDER BY n.prompt_idx) - n.num_cells AS num_before FROM ("
+    "  SELECT w.*, CASE WHEN w.only_adapter IS NULL THEN CAST(:num_columns AS bigint) ELSE 1 END"
+    "   * cardinality(CAST(:seeds AS bigint[])) AS num_cells FROM sweep_prompts w"
+    "  WHERE w.sweep_id = :sweep AND w.prompt_idx >= :next_prompt ORDER BY w.prompt_idx LIMIT CAST(:limit AS int) + 1"
+    " ) n) p CROSS JOIN unnest(CAST(:seeds AS bigint[])) WITH ORDINALITY AS q(seed, seed_idx)"
     " JOIN sweep_columns c ON c.sweep_id = p.sweep_id"
     "  AND (p.only_adapter IS NULL OR c.adapter IS NULL OR c.adapter = p.only_adapter)"
     " LEFT JOIN adapter_revisions r ON r.id = c.revision_id"
-    " WHERE p.sweep_id = :sweep ORDER BY p.prompt_idx, q.seed_idx, c.column_idx OFFSET :offset LIMIT :limit"
+    " WHERE p.num_before < CAST(:num_skipped AS bigint) + CAST(:limit AS int)"
+    " ORDER BY p.prompt_idx, q.seed_idx, c.column_idx OFFSET :num_skipped LIMIT :limit"
 )
 
 
@@ -144,20 +152,27 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
     ).one_or_none()
     if row is None or row.expand_due_at is None:
         return True
-    cells = conn.execute(
-        _CELLS, {"sweep": sweep_id, "seeds": row.seeds, "offset": row.num_expanded, "limit": limit}
-    ).all()
+    cells = _read_cells(conn, row, limit)
     batch = NewBatch(row.id, row.tenant_id, row.pool, priority=row.priority, deadline_at=row.deadline_at)
     jobs = [_cell_job(cell, int(row.max_tokens)) for cell in cells]
     ids = append_jobs(conn, batch, jobs, is_held=row.paused_at is not None) if jobs else []
     num_expanded = row.num_expanded + len(cells)
     done = num_expanded >= row.total
+    next_prompt, next_num_expanded = _position(row, cells)
     conn.execute(
         text(
-            "UPDATE sweeps SET num_expanded = :num_expanded, expand_due_at = CASE WHEN :done THEN NULL"
+            "UPDATE sweeps SET num_expanded = :num_expanded, next_prompt_idx = :next_prompt,"
+            " next_num_expanded = :next_num_expanded, expand_due_at = CASE WHEN :done THEN NULL"
             " ELSE clock_timestamp() + make_interval(secs => :ring_s) END WHERE id = :id"
         ),
-        {"id": sweep_id, "num_expanded": num_expanded, "done": done, "ring_s": EXPAND_RING_S},
+        {
+            "id": sweep_id,
+            "num_expanded": num_expanded,
+            "next_prompt": next_prompt,
+            "next_num_expanded": next_num_expanded,
+            "done": done,
+            "ring_s": EXPAND_RING_S,
+        },
     )
     if row.cancel_requested_at is not None:
         end_unclaimed(conn, ids, End(JobState.CANCELLED))
@@ -165,6 +180,28 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
         barred = [job for job, cell in zip(ids, cells, strict=True) if cell.quarantined_at is not None]
         end_unclaimed(conn, barred, End.quarantined())
     return bool(done)
+
+
+def _read_cells(conn: Connection, sweep: Row[Any], limit: int) -> Sequence[Row[Any]]:
+    """The next `limit` cells, fewer only where the sweep ends."""
+    return conn.execute(
+        _CELLS,
+        {
+            "sweep": sweep.id,
+            "seeds": sweep.seeds,
+            "num_columns": sweep.num_columns,
+            "next_prompt": sweep.next_prompt_idx,
+            "num_skipped": sweep.next_num_expanded,
+            "limit": limit,
+        },
+    ).all()
+
+
+def _position(sweep: Row[Any], cells: Sequence[Row[Any]]) -> tuple[int, int]:
+    """The last prompt of which cells have become jobs, and how many have, once `cells` are jobs too."""
+    prompt = cells[-1].prompt_idx if cells else sweep.next_prompt_idx
+    before = sweep.next_num_expanded if prompt == sweep.next_prompt_idx else 0
+    return prompt, before + sum(cell.prompt_idx == prompt for cell in cells)
 
 
 def _cell_job(cell: Row[Any], max_tokens: int) -> NewJob:

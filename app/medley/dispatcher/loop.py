@@ -35,6 +35,7 @@ RUN_JOBS_TASK = "medley.run_jobs"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
 TERM_TICKS = 3  # a leader that misses this many ticks is succeeded
+CHORE_S = 0.5  # of a long chore in one tick: it outlasts no term, and plans go on beside it
 DEADLINE_NEAR_S = 60.0
 MAINTAIN_EVERY_S = 60.0
 # A tenant counts as waiting for this long after its last job was claimed, so that jobs that trickle in are no returns.
@@ -213,14 +214,20 @@ class Dispatcher:
             log.warning("worker.gone", worker=worker.hex)
 
     def _reclaim(self) -> None:
+        until = self._clock() + CHORE_S
         while num_jobs := self._write(lambda conn: workers.reclaim(conn, self._pool)):
             log.info("jobs.reclaimed", num_jobs=num_jobs)
+            if self._clock() >= until:
+                return
 
     def _expire(self) -> None:
+        until = self._clock() + CHORE_S
         while batches := self._write(flags.expire_queued):
             log.info("jobs.expired", num_batches=len(batches))
             for batch in batches:
                 self._ringer.ring_done(batch)
+            if self._clock() >= until:
+                return
 
     def _ring_expansions(self) -> None:
         for sweep in self._write(sweeps.due_expansions):
