@@ -209,6 +209,15 @@ def lock_batches(conn: Connection, batches: Iterable[UUID]) -> None:
         )
 
 
+def lock_batches_of(conn: Connection, jobs: Sequence[UUID]) -> None:
+    """Locks the batches of `jobs`, in id order."""
+    conn.exec_driver_sql(
+        "SELECT FROM batches WHERE id IN (SELECT batch_id FROM jobs WHERE id = ANY(%(jobs)b::uuid[]))"
+        " ORDER BY id FOR NO KEY UPDATE",
+        {"jobs": list(jobs)},
+    )
+
+
 def read_batch(conn: Connection, batch: UUID) -> Row[Any] | None:
     """The batch's row, with its sweep's (`sweep_name`, `num_expanded`, ... null where it is none)."""
     return conn.execute(_READ_BATCHES.format_where("b.id = :id"), {"id": batch}).one_or_none()

@@ -6,6 +6,7 @@ One thread, one query a take. What cannot run for a reason of its own ends here,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from uuid import UUID
 
 import msgspec
@@ -28,6 +29,7 @@ from medley_worker.shell.transactions import Outage, Transactions, Unreachable
 
 MAX_TAKE = 256  # ids of one query; with the longest prompts allowed their inputs are some tens of MB
 TURN_S = 1.0
+MAX_PATHS = 4_096  # adapter folders remembered
 
 log = structlog.get_logger()
 
@@ -112,8 +114,9 @@ class Preparation:
 
     def __init__(self, codec: TextCodec, store: Store, max_model_len: Callable[[], int | None]) -> None:
         self._codec = codec
-        self._store = store
         self._max_model_len = max_model_len
+        # A revision never changes its place; the engine says so where its files are gone after all.
+        self._adapter_path = lru_cache(MAX_PATHS)(lambda digest: str(store.path(digest)))
 
     def prepare(self, assigned: Sequence[Assigned]) -> tuple[list[Held], list[Result]]:
         """All jobs for the table, and the results of those among them (ENDING) that cannot run."""
@@ -165,14 +168,14 @@ class Preparation:
         adapter = None
         if job.revision is not None:
             try:
-                path = self._store.path(job.digest or "")
+                path = self._adapter_path(job.digest or "")
             except (StoreError, OSError) as error:
                 log.error("adapter.unavailable", job=job.job.hex, revision=job.revision.hex, reason=str(error))
                 return JobError(
                     code=ErrorCode.ADAPTER_UNAVAILABLE,
                     message=f"the files of adapter revision {job.revision.hex} are not in the worker's store",
                 )
-            adapter = AdapterRef(job.tenant, job.revision, str(path))
+            adapter = AdapterRef(job.tenant, job.revision, path)
         return WorkItem(
             key=JobKey(job.job, job.attempt),
             prompt_token_ids=ids,
