@@ -354,7 +354,10 @@ def _grant() -> None:
         "GRANT INSERT ON adapters, adapter_revisions, batches, sweeps, sweep_prompts, sweep_columns,"
         " jobs, job_inputs, job_results, idempotency_keys, demand TO medley_api"
     )
-    op.execute("GRANT UPDATE ON adapters, batches, sweeps, jobs, demand TO medley_api")
+    op.execute("GRANT UPDATE ON batches TO medley_api")
+    op.execute("GRANT UPDATE (state, worker_id, finished_at, is_held, is_cancel_requested) ON jobs TO medley_api")
+    op.execute("GRANT UPDATE (num_queued) ON demand TO medley_api")
+    op.execute("GRANT UPDATE (deleted_at) ON adapters TO medley_api")
     op.execute("GRANT UPDATE (uploaded_at) ON adapter_revisions TO medley_api")
     op.execute("GRANT DELETE ON checkpoints TO medley_api")
     op.execute("REVOKE ALL ON alembic_version FROM medley_api")

@@ -9,9 +9,10 @@ from uuid import UUID
 import pytest
 from ledger import Ledger
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from medley.db import chores, leaders, queue, workers
-from medley.db.connections import transaction
+from medley.db.connections import tenant_transaction, transaction
 from medley.spec.ids import uuid7
 
 
@@ -181,3 +182,20 @@ def test_chores_are_due_exactly_when_there_is_something_to_do(ledger: Ledger) ->
     with ledger.working() as conn:
         assert workers.reclaim(conn, ledger.pool) == 1
     assert due() == set()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "UPDATE jobs SET attempt = attempt + 1",
+        "UPDATE jobs SET priority = 2",
+        "UPDATE sweeps SET num_expanded = 0",
+        "UPDATE adapter_revisions SET quarantined_at = NULL",
+        "UPDATE tenant_counters SET service = 0",
+        "DELETE FROM jobs",
+        "UPDATE workers SET state = 'active'",
+    ],
+)
+def test_the_api_may_not_write_what_the_others_stand_on(ledger: Ledger, write: str) -> None:
+    with tenant_transaction(ledger.api, ledger.add_tenant()) as conn, pytest.raises(ProgrammingError):
+        conn.execute(text(write))
