@@ -14,7 +14,6 @@ from medley_worker.ops.sampling import (
     build_sampling_batch,
     gumbel_noise,
     hash_tokens,
-    needs_processing,
     noise_key,
     sample,
 )
@@ -147,9 +146,8 @@ def test_noise_is_gumbel_distributed() -> None:
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.04
 
 
-@pytest.mark.parametrize(
-    ("params", "needed"),
-    [({}, False), ({"top_p": 0.5}, False), ({"temperature": 0.1}, True), ({"logit_bias": {1: 1.0}}, True)],
-)
-def test_only_rows_that_change_something_need_processing(params: dict[str, Any], needed: bool) -> None:
-    assert needs_processing(SamplingParams(**params)) is needed
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-39, 1e-300])
+def test_a_temperature_near_zero_takes_the_best_token(temperature: float) -> None:
+    logits = logits_of(3.0, 11.0, 10.5)
+    assert draws(logits, 50, temperature=temperature)[1] == 1
+    assert draws(logits, 50, temperature=temperature, top_p=0.9, top_k=2)[1] == 1

@@ -49,6 +49,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Lists of stops become tuples, as decoding makes them. Raises TypeError for a string in place of a list."""
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"{name}: got {value[:40]!r}, wanted a list")
+            if type(value) is not tuple:
+                msgspec.structs.force_setattr(self, name, tuple(value))
+
     def faults(self, at: str = "sampling") -> list[Fault]:
         """Every value out of its range, as `Fault`s that name the field, what it got and what it wanted."""
         found: list[Fault] = []
@@ -67,12 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         want(self.top_k is None or 1 <= self.top_k < 2**31, "top_k", self.top_k, "1 or more, or null for all")
         want(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         number("min_p", 0, 1)
-        want(
-            0 < self.repetition_penalty <= 100,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "more than 0, at most 100",
-        )
+        number("repetition_penalty", 0.01, 100)
         number("presence_penalty", -2, 2)
         number("frequency_penalty", -2, 2)
         want(

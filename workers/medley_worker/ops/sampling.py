@@ -21,6 +21,8 @@ from medley.spec.sampling import SamplingParams
 # SplitMix64's constants (Steele, Lea, Flood 2014), as signed 64-bit numbers where they exceed 2^63.
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+# A temperature above 0 that float32 would round to 0 draws as the smallest one it holds.
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +92,6 @@ class Sampled(NamedTuple):
     is_nan: Tensor
 
 
-def needs_processing(params: SamplingParams, num_masked: int = 0) -> bool:
-    """Whether a row needs a SamplingRow; one that does not is given as None."""
-    return bool(
-        params.temperature > 0
-        or params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-        or num_masked
-    )
-
-
 def build_sampling_batch(
     rows: Sequence[SamplingRow | None], vocab_size: int, device: torch.device | str = "cpu"
 ) -> SamplingBatch:
@@ -122,7 +112,9 @@ def build_sampling_batch(
         rows=torch.tensor(indices, device=device),
         edits=_edits(used, vocab_size, device),
         seen=_seen_tokens(used, vocab_size, device),
-        temperature=column([t if t > 0 else 1.0 for t in temperatures], torch.float32) if is_random else None,
+        temperature=column([max(t, MIN_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32)
+        if is_random
+        else None,
         noise_keys=column(keys, torch.int64) if is_random else None,
         is_random=column([t > 0 for t in temperatures], torch.bool) if is_random else None,
         filters=_filters(used, vocab_size, device),
@@ -211,7 +203,8 @@ def _process(logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits[seen.rows, seen.token_ids] = values - seen.subtract
     if batch.temperature is None or batch.noise_keys is None or batch.is_random is None:
         return logits
-    logits = logits / batch.temperature
+    # The best token at 0: at a tiny temperature the others go to -inf, and none to +inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / batch.temperature
     if batch.filters is not None:
         logits = _filter(logits, batch.filters)
     return torch.where(batch.is_random, logits + gumbel_noise(batch.noise_keys, logits.shape[1]), logits)
