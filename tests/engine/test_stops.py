@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from medley_worker.stops import IncrementalText, StopMatch, StopMatcher
+from medley_worker.stops import IncrementalText, StopMatch, StopMatcher, StopWatch
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,28 @@ def test_text_without_a_match_is_whole_after_finish(tokenizer: Tokenizer) -> Non
     assert matcher.finish() is None
     assert matcher.text == "ab\ufffd"
     assert matcher.num_tokens == len(tokens)
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    vocab = {"a": 0, "<end>": 1, " b": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<end>"])
+    longest = 0
+
+    class Counting:
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    stream = IncrementalText(Counting())
+    assert "".join(stream.append(i) for i in [0, *[1] * 1000, 2, 0]) + stream.finish() == "a ba"
+    assert longest < 16
+
+
+def test_an_end_token_is_no_part_of_the_watched_text(tokenizer: Tokenizer) -> None:
+    watch = StopWatch(tokenizer, ["END", "!"])
+    tokens = ids(tokenizer, "hello!")
+    assert watch.finish(tokens, [-1.0] * 6, has_end_token=True) == "hello"
+    assert (watch.match, watch.token_ids, len(watch.logprobs)) == (None, tokens, 6)

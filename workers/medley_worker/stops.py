@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from medley.spec.jobs import Checkpoint
+
 # A UTF-8 character has at most 4 bytes, so a token that still looks cut after 4 more is not a part of one.
 _MAX_PENDING_TOKENS = 4
 _REPLACEMENT = "\ufffd"
@@ -48,7 +50,12 @@ class IncrementalText:
     def append(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
         self._ids.append(token_id)
-        return self._advance(is_final=len(self._ids) - self._pending_at > _MAX_PENDING_TOKENS)
+        is_final = len(self._ids) - self._pending_at > _MAX_PENDING_TOKENS
+        piece = self._advance(is_final=is_final)
+        if is_final and not piece:
+            # Special tokens have no text; kept, they would all be decoded again with each further token.
+            del self._ids[self._pending_at :]
+        return piece
 
     def finish(self) -> str:
         """The text of tokens that were held back."""
@@ -118,3 +125,51 @@ class StopMatcher:
             if (start := self._text.find(stop, max(0, num_old - len(stop) + 1))) >= 0
         ]
         return StopMatch(self._text[: min(starts)], self._num_tokens) if starts else None
+
+
+class StopWatch:
+    """One output as it arrives, watched for its stop strings; keeps every token up to the match."""
+
+    def __init__(
+        self,
+        tokenizer: Detokenizer,
+        stops: Sequence[str],
+        *,
+        min_tokens: int = 0,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self._matcher = StopMatcher(tokenizer, stops, min_tokens=min_tokens)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.match: StopMatch | None = None
+        if checkpoint is not None:
+            self.feed(checkpoint.token_ids, checkpoint.logprobs)
+
+    def feed(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> bool:
+        """Take the next tokens. True where a stop string is complete; tokens after it are dropped."""
+        if self.match is None:
+            self.token_ids += token_ids
+            self.logprobs += logprobs
+            self.match = self._matcher.feed(token_ids)
+            self._cut()
+        return self.match is not None
+
+    def finish(self, token_ids: Sequence[int], logprobs: Sequence[float], *, has_end_token: bool) -> str:
+        """The output has ended by itself: all its tokens. Returns the text; `match` says whether a stop cut it.
+
+        has_end_token: the last token ended the output and is no part of the text.
+        """
+        num_fed = len(self.token_ids)
+        num_text = len(token_ids) - has_end_token
+        if not self.feed(token_ids[num_fed:num_text], logprobs[num_fed:num_text]):
+            self.match = self._matcher.finish()
+            self._cut()
+        if self.match is not None:
+            return self.match.text
+        self.token_ids, self.logprobs = list(token_ids), list(logprobs)
+        return self._matcher.text
+
+    def _cut(self) -> None:
+        if self.match is not None:
+            del self.token_ids[self.match.num_tokens :]
+            del self.logprobs[self.match.num_tokens :]

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from medley.spec.wire import AdapterRef, JobKey, WorkItem
 from medley_worker.shell.isolation import Suspect, limit_after_death, next_round
-from medley_worker.shell.text import StopWatch
+from medley_worker.stops import StopWatch
 
 
 class Phase(Enum):

@@ -15,7 +15,8 @@ from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
 from medley_worker.shell.report import Report
 from medley_worker.shell.results import Results
-from medley_worker.shell.text import StopWatch, TextCodec
+from medley_worker.shell.text import TextCodec
+from medley_worker.stops import StopWatch
 
 
 class Outcomes:
@@ -119,7 +120,7 @@ class Outcomes:
             assert held.item is not None
             sampling = held.item.sampling
             held.stops = StopWatch(
-                self._codec, sampling.stop, min_tokens=sampling.min_tokens, checkpoint=held.item.checkpoint
+                self._codec.tokenizer, sampling.stop, min_tokens=sampling.min_tokens, checkpoint=held.item.checkpoint
             )
         return held.stops
 

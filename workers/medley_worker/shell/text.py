@@ -1,4 +1,4 @@
-"""Text and tokens: prompts in, outputs out, stop strings on the way. Knows a tokenizer, nothing of jobs.
+"""Text and tokens: prompts in, outputs out, in batches. Knows a tokenizer, nothing of jobs.
 
 A model folder's own tokenizer.json says everything: special tokens around a prompt, normalisation, decoding.
 """
@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from medley.spec.jobs import Checkpoint
-from medley_worker.stops import StopMatch, StopMatcher
 
 
 class TokenizerMissing(Exception):
@@ -45,46 +42,3 @@ class TextCodec:
     def decode(self, outputs: Sequence[Sequence[int]]) -> list[str]:
         """The text of each output, without special tokens."""
         return list(self.tokenizer.decode_batch(outputs, skip_special_tokens=True)) if outputs else []
-
-
-class StopWatch:
-    """One job's output as it arrives, watched for its stop strings; keeps every token up to the match."""
-
-    def __init__(
-        self, codec: TextCodec, stops: Sequence[str], *, min_tokens: int, checkpoint: Checkpoint | None
-    ) -> None:
-        self._matcher = StopMatcher(codec.tokenizer, stops, min_tokens=min_tokens)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.match: StopMatch | None = None
-        if checkpoint is not None:
-            self.feed(checkpoint.token_ids, checkpoint.logprobs)
-
-    def feed(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> bool:
-        """Take the next tokens. True where a stop string is complete; tokens after it are dropped."""
-        if self.match is None:
-            self.token_ids += token_ids
-            self.logprobs += logprobs
-            self.match = self._matcher.feed(token_ids)
-            self._cut()
-        return self.match is not None
-
-    def finish(self, token_ids: Sequence[int], logprobs: Sequence[float], *, has_end_token: bool) -> str:
-        """The output has ended by itself: all its tokens. Returns the text; `match` says whether a stop cut it.
-
-        has_end_token: the last token ended the output and is no part of the text.
-        """
-        num_fed = len(self.token_ids)
-        num_text = len(token_ids) - has_end_token
-        if not self.feed(token_ids[num_fed:num_text], logprobs[num_fed:num_text]):
-            self.match = self._matcher.finish()
-            self._cut()
-        if self.match is not None:
-            return self.match.text
-        self.token_ids, self.logprobs = list(token_ids), list(logprobs)
-        return self._matcher.text
-
-    def _cut(self) -> None:
-        if self.match is not None:
-            del self.token_ids[self.match.num_tokens :]
-            del self.logprobs[self.match.num_tokens :]
