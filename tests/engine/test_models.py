@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stepping import Sequence, Stepper
 from tiny import MIXED_ADAPTERS, MODELS, VOCAB, Judge, make_adapters, make_model, prompt
 
@@ -128,6 +129,15 @@ def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(tmp_path:
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 88', '"intermediate_size": 96'))
     with pytest.raises(UnsupportedModel, match=r"mlp.down_proj.weight: got shape \(64, 88\), wanted shape \(64, 96\)"):
+        load_model(folder)
+
+
+def test_quantised_weights_without_a_word_of_it_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model("llama2", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"model.norm.weight: got dtype I8"):
         load_model(folder)
 
 

@@ -22,7 +22,6 @@ class ForwardBatch:
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64, page * P + offset: where each token's key and value go
     num_decode_rows: int
     logit_rows: Tensor  # [R] int64, the token rows whose logits are wanted
     attention: AttentionPlan
@@ -53,13 +52,10 @@ def build_batch(
     table = np.asarray(page_table, dtype=np.int64)
     num_new = np.diff(ends)
     assert (num_new[:num_decode_rows] == 1).all(), "decode rows hold one token each"
-    row_of_token = np.repeat(np.arange(len(lengths)), num_new)
     positions = np.arange(ends[-1]) - np.repeat(ends[1:] - lengths, num_new)
-    slots = table[row_of_token, positions // page_size] * page_size + positions % page_size
     return ForwardBatch(
         token_ids=torch.as_tensor(np.asarray(token_ids, dtype=np.int64), device=device),
         positions=torch.as_tensor(positions, device=device),
-        slot_mapping=torch.as_tensor(slots, device=device),
         num_decode_rows=num_decode_rows,
         logit_rows=torch.as_tensor(np.asarray(logit_rows, dtype=np.int64), device=device),
         attention=plan_attention(ends, lengths, table, num_decode_rows, page_size, device=device),

@@ -43,14 +43,6 @@ class DecoderWeights:
     final_norm: Tensor  # [H]
     lm_head: Tensor  # [H, V]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor there is."""
-        found = [self.embedding, self.final_norm, self.lm_head]
-        for layer in self.layers:
-            fields = (getattr(layer, name) for name in LayerWeights.__slots__)
-            found += [field for field in fields if isinstance(field, Tensor)]
-        return found
-
 
 class Decoder:
     """A loaded model: `forward` turns one step's tokens into logits and writes their keys and values."""
@@ -60,20 +52,6 @@ class Decoder:
         self._weights = weights
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self._frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(self.device)
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._weights.tensors())
-
-    def page_bytes(self, page_size: int = PAGE_SIZE) -> int:
-        """Bytes of one KV page over all layers."""
-        return KVCache.page_bytes(
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
-            dtype=self.dtype,
-            page_size=page_size,
-        )
 
     def new_kv_cache(self, num_pages: int, page_size: int = PAGE_SIZE) -> KVCache:
         """An empty cache of this model's shape, dtype and device."""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from medley.spec.adapters import FLOAT_DTYPES
 from medley.spec.base_models import BaseModel, UnsupportedModel, linear_sites, read_base_model
 from medley.spec.errors import Fault
 from medley_worker.models.decoder import Decoder, DecoderWeights, LayerWeights
@@ -85,10 +86,16 @@ def _read_tensors(model_dir: Path, config: BaseModel, dtype: torch.dtype) -> dic
                         continue
                     if name not in shapes:
                         refuse(f"{file}: {name}", "an unknown tensor", "the tensors of the configuration")
-                    elif name in found:
+                        continue
+                    if name in found:
                         refuse(f"{file}: {name}", "a second copy", "each tensor once")
-                    elif (shape := tuple(weights.get_slice(name).get_shape())) != shapes[name]:
+                        continue
+                    entry = weights.get_slice(name)
+                    shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+                    if shape != shapes[name]:
                         refuse(f"{file}: {name}", f"shape {shape}", f"shape {shapes[name]}")
+                    elif kind not in FLOAT_DTYPES:
+                        refuse(f"{file}: {name}", f"dtype {kind}", " or ".join(FLOAT_DTYPES))
                     else:
                         found[name] = weights.get_tensor(name).to(dtype)
         except (SafetensorError, OSError) as error:
