@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stepping import Sequence, Stepper
 from tiny import TinyAdapter, copy_adapter, make_adapter, make_model, prompt
 
@@ -115,3 +116,29 @@ def test_slots_have_room_for_as_many_adapters_of_the_largest_rank(decoder: Decod
     slots = {n: tiles_for(decoder.config, dtype=torch.float32, adapter_slots=n) for n in (1, 2, 10)}
     assert slots == {1: 64, 2: 128, 10: 640}
     assert tiles_for(decoder.config, dtype=torch.float32, adapter_bytes=0) == 0
+    for fields in ({"adapter_slots": -1}, {"adapter_bytes": -1}, {"adapter_slots": 1, "adapter_bytes": 1}):
+        with pytest.raises(ValueError, match="adapter_"):
+            tiles_for(decoder.config, dtype=torch.float32, **fields)
+
+
+def test_values_that_the_dtype_cannot_hold_make_an_adapter_unavailable(
+    decoder: Decoder, folder: Path, tmp_path: Path
+) -> None:
+    copied = copy_adapter(folder / "0", tmp_path / "wide", seed=3)
+    weights = load_file(copied / "adapter_model.safetensors")
+    save_file({name: tensor * 1e9 for name, tensor in weights.items()}, copied / "adapter_model.safetensors")
+    cache = AdapterCache(decoder.config, num_tiles=64, dtype=torch.float16)
+    cache.register(key("wide"), copied)
+    with pytest.raises(AdapterUnavailable, match="infinity"):
+        cache.load(key("wide"))
+    cache.check_integrity()
+
+
+def test_pruning_keeps_what_is_resident_or_wanted(decoder: Decoder, folder: Path) -> None:
+    cache = new_cache(decoder, folder)
+    cache.load(key("0"))
+    cache.prune(lambda known: known == key("1"))
+    assert cache.num_registered == 2
+    assert cache.is_registered(key("0"))
+    assert cache.is_registered(key("1"))
+    cache.check_integrity()

@@ -6,19 +6,24 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import msgspec
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
+from medley.spec.adapters import AdapterRefused
 from medley.spec.errors import ErrorCode
 from medley.spec.jobs import Checkpoint, FinishReason
-from medley.spec.wire import EngineConfig
+from medley.spec.wire import AdapterRef, EngineConfig
 from medley_worker import Completion, Engine, Refused, Request, RequestOutput, SamplingParams
 from medley_worker.compare import compare, read_jobs
+from medley_worker.engine import residency
 
 NUM_REQUESTS = 18
 PAGE_BYTES = 2 * 32 * 4 * 2 * 2 * 16  # of tiny's llama3: k and v, tokens, float32, layers, heads, head size
@@ -72,7 +77,7 @@ def test_company_changes_no_answer(seed: int, engine: Engine, tiny_model: Path, 
         max_model_len=128,
         max_num_batched_tokens=rng.choice([7, 40]),
         kv_cache_bytes=6 * PAGE_BYTES,
-        adapter_slots=2,
+        adapter_slots=1,
     )
     for name, folder in tiny_adapters.items():
         crowded.add_adapter(name, folder)
@@ -280,7 +285,8 @@ def test_sizes_that_cannot_work_are_refused_by_name(tiny_model: Path) -> None:
         "kv_cache_bytes": 10,
         "max_num_seqs": 0,
         "max_model_len": 10**6,
-        "max_num_batched_tokens": 3,
+        "max_num_batched_tokens": 0,
+        "adapter_slots": -1,
         "dtype": "int8",
         "device": "abacus",
     }
@@ -315,3 +321,70 @@ def test_mixing_is_compared_with_running_adapter_after_adapter(
     assert result.speedup == result.sequential_s / result.mixed_s
     with pytest.raises(ValueError, match="line 1"):
         list(read_jobs(['{"prompt_token_ids": [1], "temprature": 1}'], tiny_model))
+    with pytest.raises(ValueError, match="line 2"):
+        list(read_jobs(['{"prompt_token_ids": [1]}', "{"], tiny_model))
+
+
+def test_an_interrupted_generate_leaves_the_engine_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> list[RequestOutput]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([Request([5]), Request([6])])
+    assert not engine.has_work
+    engine.check_integrity()
+    assert len(one(engine).token_ids) == 16
+
+
+def test_lists_and_arrays_do_for_token_ids(engine: Engine) -> None:
+    stops: Any = [50, 51]
+    sampling = SamplingParams(max_tokens=4, stop_token_ids=stops, logit_bias={50: 100.0})
+    prompt: Any = np.array([5, 6])
+    for given in (prompt, [5, 6]):
+        assert engine.generate([Request(given, None, sampling)])[0].token_ids == [50]
+    with pytest.raises(TypeError, match="stop: got 'END', wanted a list"):
+        SamplingParams(stop="END")  # type: ignore[arg-type]
+
+
+def test_nothing_is_reported_for_an_aborted_request_that_was_complete_when_it_came(engine: Engine) -> None:
+    done = Checkpoint(token_ids=(5, 6), logprobs=(-1.0, -2.0))
+    engine.add_request("done", Request([3], None, SamplingParams(max_tokens=2)), done)
+    engine.abort(["done"])
+    assert not engine.has_work
+
+
+def test_adding_an_adapter_refuses_nan_with_all_reasons_and_a_name_in_use(
+    engine: Engine, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="'rank8' is known already"):
+        engine.add_adapter("rank8", tiny_adapters["rank1"])
+    tensors = load_file(tiny_adapters["rank8"] / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = msgspec.json.decode((tiny_adapters["rank8"] / "adapter_config.json").read_bytes())
+    (tmp_path / "adapter_config.json").write_bytes(msgspec.json.encode(config | {"use_dora": True}))
+    with pytest.raises(AdapterRefused, match=r"use_dora.*NaN or infinity"):
+        engine.add_adapter("broken", tmp_path)
+    with pytest.raises(AdapterRefused, match="no such file"):
+        engine.add_adapter("broken", tmp_path / "missing")
+    with pytest.raises(KeyError, match="broken"):
+        engine.remove_adapter("broken")
+
+
+def test_headers_of_adapters_long_gone_do_not_pile_up(
+    tiny_model: Path, tiny_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "MIN_KNOWN", 4)
+    engine = Engine.load(tiny_model, max_num_seqs=4, max_model_len=64, adapter_slots=1)
+    engine.add_adapter("named", tiny_adapters["rank1"])
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    for _ in range(12):
+        refs = [AdapterRef(uuid4(), uuid4(), str(tiny_adapters["rank128"])) for _ in range(3)]
+        completions = engine.generate([Request([5], ref, sampling) for ref in refs])
+        assert all(completion.error is None for completion in completions)
+        engine.check_integrity()
+    assert engine._parts.residency.num_known <= 8
+    assert engine.generate([Request([5], "named", sampling)])[0].error is None
+    engine.close()

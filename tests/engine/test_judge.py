@@ -66,7 +66,7 @@ def test_a_mixed_batch_says_what_the_judge_says_of_each_adapter_alone(
         max_model_len=96,
         max_num_batched_tokens=24,  # prompts are cut into chunks
         kv_cache_bytes=9 * page_bytes,  # less than eight rows come to want: preemption
-        adapter_slots=2,  # one adapter of rank 128 or a few smaller ones: eviction
+        adapter_slots=1,  # one adapter of rank 128 or a few smaller ones: eviction
     )
     for name, folder in adapters.items():
         engine.add_adapter(name, folder)

@@ -316,3 +316,14 @@ def test_revisions_in_memory_are_told(shell: Shell, tiny_adapters: dict[str, Pat
     assert isinstance(stats, EngineStats)
     assert stats.resident == (UUID(int=7),)
     assert stats.adapter_loads == 1
+
+
+def test_a_job_that_cannot_be_taken_in_still_gets_its_answer(shell: Shell) -> None:
+    """The path is one that no file system takes, which no check before foresees."""
+    bad, good = item(adapter=AdapterRef(uuid4(), uuid4(), "/no\0where")), item()
+    shell.send(Add((bad, good)))
+    shell.listen(has(Finished, 2))
+    error = shell.finished()[bad.key].error
+    assert error is not None
+    assert error.code is ErrorCode.ENGINE
+    assert shell.finished()[good.key].error is None

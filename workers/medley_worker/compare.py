@@ -10,7 +10,6 @@ the best round of each counts. Prints one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -50,18 +49,29 @@ def read_jobs(lines: Iterable[str], model_dir: Path) -> Iterator[Request]:
     """Requests whose adapter is the adapter's folder. Raises ValueError naming the line of a bad job."""
     tokenizer: Tokenizer | None = None
     for number, line in enumerate(lines, start=1):
-        job: dict[str, Any] = json.loads(line)
+        try:
+            job: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ValueError(f"line {number}: {error}") from error
         adapter_dir = job.pop("adapter_dir", None)
         prompt_token_ids, prompt = job.pop("prompt_token_ids", None), job.pop("prompt", None)
         if (prompt_token_ids is None) == (prompt is None):
             raise ValueError(f"line {number}: wanted either prompt_token_ids or prompt")
         if prompt_token_ids is None:
-            tokenizer = tokenizer or Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+            tokenizer = tokenizer or _tokenizer(model_dir)
             prompt_token_ids = tokenizer.encode(prompt).ids
         sampling, faults = parse_sampling(job)
         if sampling is None:
             raise ValueError(f"line {number}: " + "; ".join(map(str, faults)))
         yield Request(prompt_token_ids, adapter_dir, sampling)
+
+
+def _tokenizer(model_dir: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    # Files carry the settings of their training; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def compare(model_dir: Path, requests: list[Request], *, max_num_seqs: int = 64, rounds: int = ROUNDS) -> Comparison:

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 from typing import BinaryIO
 
-from medley.spec.adapters import WEIGHTS_NAME, AdapterHeader, check_adapter
+from medley.spec.adapters import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterHeader,
+    AdapterRefused,
+    check_adapter,
+    read_adapter,
+)
 from medley.spec.base_models import BaseModel
 from medley.spec.errors import Fault
+from medley.spec.peft_config import MAX_CONFIG_BYTES
 from medley.spec.safetensors_header import HeaderError, SafetensorsHeader, limited, read_header
 from medley.spec.strict_json import shown_name
 
@@ -38,6 +47,18 @@ def check_upload(config_bytes: bytes, weights: BinaryIO, base: BaseModel) -> tup
     adapter, faults = check_adapter(config_bytes, header, base)
     faults = limited([*faults, *check_finite(weights, header)])
     return (None, faults) if faults else (adapter, [])
+
+
+def check_folder(adapter_dir: Path, base: BaseModel) -> AdapterHeader:
+    """As `check_upload`, for an adapter in a folder. Raises AdapterRefused with all faults, and OSError."""
+    config_path, weights_path = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
+    if not (config_path.exists() and weights_path.exists()):
+        return read_adapter(adapter_dir, base)  # says what is missing
+    with config_path.open("rb") as config, weights_path.open("rb") as weights:
+        adapter, faults = check_upload(config.read(MAX_CONFIG_BYTES + 1), weights, base)
+    if adapter is None:
+        raise AdapterRefused(faults)
+    return adapter
 
 
 def check_finite(weights: BinaryIO, header: SafetensorsHeader) -> list[Fault]:

@@ -10,11 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medley.spec.adapters import AdapterHeader, AdapterRefused, AdapterTarget, read_adapter
+from medley.spec.adapters import WEIGHTS_NAME, AdapterHeader, AdapterRefused, AdapterTarget, read_adapter
 from medley.spec.base_models import BaseModel
 from medley_worker.ops.lora_stage import SITES, TILE_RANKS, TileLayout
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class AdapterUnavailable(Exception):
@@ -69,6 +67,9 @@ def pack_adapter(source: AdapterSource, layout: TileLayout, dtype: torch.dtype) 
                 scales[target.layer, SITES.index(target.site)] = target.scale
     except (SafetensorError, OSError) as error:
         raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} could not be read: {error}") from error
+    # An upload's values were looked at; here one may have become infinite in a narrower dtype.
+    if not bool(tiles.isfinite().all()):
+        raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} holds NaN or infinity in {dtype}")
     return PackedAdapter(tiles, scales)
 
 

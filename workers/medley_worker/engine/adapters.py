@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from uuid import UUID
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
+from medley.spec.peft_config import MAX_RANK
 from medley_worker.engine.adapter_files import (
     AdapterSource,
     AdapterUnavailable,
@@ -25,16 +25,13 @@ from medley_worker.engine.adapter_files import (
     pack_adapter,
     read_source,
 )
+from medley_worker.engine.sequences import AdapterKey
 from medley_worker.engine.tiles import TilePool
 from medley_worker.ops.lora import LoraBatch, build_lora_batch
 from medley_worker.ops.lora_stage import TILE_RANKS, AdapterTiles, LoraStage, tile_layout
 
 __all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "tiles_for"]
 
-# (tenant, revision); offline use has ("offline", name). Never a path, nor a name alone.
-AdapterKey = tuple[str | UUID, str | UUID]
-
-MAX_RANK = 128
 DEFAULT_ADAPTER_BYTES = 256 << 20
 HOST_BYTES = 1 << 30
 
@@ -54,7 +51,13 @@ def tiles_for(
 
     adapter_slots: room for so many adapters of the largest rank, 128, on all sites.
     adapter_bytes: what fits into so many bytes, exactly. Neither: 256 MiB, and one of rank 128 at the least.
+    Raises ValueError, naming the field, for less than 0 and for both.
     """
+    if adapter_slots is not None and adapter_bytes is not None:
+        raise ValueError("adapter_slots and adapter_bytes: got both, wanted one of them")
+    for name, value in (("adapter_slots", adapter_slots), ("adapter_bytes", adapter_bytes)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name}: got {value}, wanted 0 or more")
     layout = tile_layout(model)
     tile_bytes = layout.tile_elements * dtype.itemsize
     largest = len(layout.groups) * MAX_RANK // TILE_RANKS
@@ -101,8 +104,8 @@ class AdapterCache:
         return self._tiles.num_used
 
     @property
-    def tile_bytes(self) -> int:
-        return self._layout.tile_elements * self._dtype.itemsize
+    def num_registered(self) -> int:
+        return len(self._sources)
 
     def register(self, key: AdapterKey, path: Path | str) -> None:
         """Make an adapter known. A known key is left as it is: what a key names never changes.
@@ -122,6 +125,10 @@ class AdapterCache:
             self._release(key)
         self._host.drop(key)
         self._sources.pop(key, None)
+
+    def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
+        """Unregister what is neither resident nor wanted. Host copies stay: what a key names never changes."""
+        self._sources = {k: s for k, s in self._sources.items() if k in self._resident or is_wanted(k)}
 
     def is_registered(self, key: AdapterKey) -> bool:
         return key in self._sources

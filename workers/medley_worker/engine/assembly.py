@@ -53,6 +53,8 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         raise ValueError(f"forward: got {config.forward!r}, wanted model or null")
     if config.device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device: got {config.device!r}, wanted cpu, cuda or cuda:<n>")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {config.device!r}, but torch finds no CUDA device here; wanted cpu")
     decoder: Decoder | None = None
     if config.forward == "null":
         model = read_base_model(Path(config.model_dir), need_weights=False)

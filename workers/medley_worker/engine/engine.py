@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from medley.spec.errors import ErrorCode, JobError
+from medley.spec.intake import check_folder
 from medley.spec.jobs import Checkpoint, FinishReason
 from medley.spec.sampling import SEED_LIMIT
 from medley.spec.wire import AdapterRef, EngineConfig, EngineStats
@@ -25,7 +26,7 @@ from medley_worker.engine.offline import generate
 from medley_worker.engine.requests import Completion, Limits, Request, RequestOutput, check_request, ended
 from medley_worker.engine.rows import Rows
 from medley_worker.engine.scheduler import StepPlan
-from medley_worker.engine.sequences import AdapterKey, Refused, RequestId, Sequence
+from medley_worker.engine.sequences import AdapterKey, AlreadyInFlight, Refused, RequestId, Sequence
 from medley_worker.engine.sizing import EngineSizes
 from medley_worker.engine.stats import Counters
 
@@ -108,14 +109,24 @@ class Engine:
         return bool(self._sequences) or bool(self._outputs)
 
     def add_adapter(self, name: str, adapter_dir: str | Path) -> None:
-        """Make the PEFT adapter in `adapter_dir` known as `name`. Raises AdapterRefused with all reasons."""
-        self._parts.residency.add((OFFLINE, name), Path(adapter_dir))
+        """Make the PEFT adapter in `adapter_dir` known as `name`. Its weights are read when first used.
+
+        Raises ValueError for a name in use, AdapterRefused (a ValueError) with all that is wrong with the files,
+        Refused for an adapter that needs more memory than there is, OSError.
+        """
+        key = (OFFLINE, name)
+        if self._parts.residency.is_known(key):
+            raise ValueError(f"adapter {name!r} is known already; remove_adapter({name!r}) first")
+        check_folder(Path(adapter_dir), self._parts.model)
+        self._parts.residency.add(key, Path(adapter_dir))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory. Raises KeyError for an unknown name, ValueError while in use."""
         key = (OFFLINE, name)
         if any(sequence.adapter == key for sequence in self._sequences.values()):
             raise ValueError(f"adapter {name!r} is in use by requests in flight")
+        if not self._parts.residency.is_known(key):
+            raise KeyError(name)
         self._parts.residency.remove(key)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -138,10 +149,10 @@ class Engine:
         """Queue a request. It goes on after the tokens of `checkpoint`.
 
         priority: higher goes first. stream: report tokens as they come; otherwise only at the end.
-        Raises Refused (a ValueError) for what the model cannot serve, ValueError for an id in flight.
+        Raises Refused for what the model cannot serve, AlreadyInFlight for an id in flight (both ValueErrors).
         """
         if request_id in self._sequences:
-            raise ValueError(f"request {request_id!r} is in flight already")
+            raise AlreadyInFlight(f"request {request_id!r} is in flight already")
         check_request(request, checkpoint, self._limits)
         sampling = request.sampling
         sequence = Sequence(
@@ -187,8 +198,10 @@ class Engine:
         return outputs
 
     def abort(self, request_ids: Iterable[RequestId]) -> None:
-        """Forget these requests; unknown ids are ignored."""
-        for request_id in request_ids:
+        """Forget these requests, of which nothing more is reported; unknown ids are ignored."""
+        gone = set(request_ids)
+        self._outputs = [output for output in self._outputs if output.request_id not in gone]
+        for request_id in gone:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
                 self._parts.scheduler.remove(sequence)
@@ -315,8 +328,12 @@ class Engine:
 
     def _key_of_ref(self, ref: AdapterRef) -> AdapterKey:
         key = (ref.tenant, ref.revision)
-        if not self._parts.residency.is_known(key):
-            self._parts.residency.add(key, Path(ref.path))
+        residency = self._parts.residency
+        if not residency.is_known(key):
+            if residency.is_crowded:
+                in_flight = {sequence.adapter for sequence in self._sequences.values()}
+                residency.prune(lambda known: known[0] == OFFLINE or known in in_flight)
+            residency.add(key, Path(ref.path))
         return key
 
 

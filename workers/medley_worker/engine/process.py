@@ -26,7 +26,7 @@ import msgspec
 import structlog
 import torch
 
-from medley.spec.errors import JobError
+from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import Checkpoint
 from medley.spec.wire import (
     Abort,
@@ -51,7 +51,7 @@ from medley.spec.wire import (
 from medley_worker.engine.engine import Engine
 from medley_worker.engine.outbox import Outbox
 from medley_worker.engine.requests import Request, RequestOutput
-from medley_worker.engine.sequences import Refused, RequestId
+from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
 
 STATS_INTERVAL_S = 1.0
@@ -139,8 +139,13 @@ class Service:
             self._engine.add_request(item.key, request, item.checkpoint, item.priority, stream=item.want_progress)
         except Refused as refused:
             self._send(_failed(item.key, refused.error))
-        except ValueError as error:  # sent twice: the first one stands
-            log.warning("job.refused", job=str(item.key.job), attempt=item.key.attempt, reason=str(error))
+        except AlreadyInFlight as error:
+            log.warning("job.sent_twice", job=str(item.key.job), attempt=item.key.attempt, reason=str(error))
+        except Exception as error:
+            # Not announced, this job would not be suspected of ending the process, and come again and again.
+            log.exception("job.untaken", job=str(item.key.job), attempt=item.key.attempt)
+            message = f"the engine could not take the job in: {type(error).__name__}"
+            self._send(_failed(item.key, JobError(code=ErrorCode.ENGINE, message=message)))
 
     def _entering(self, request_ids: list[RequestId]) -> None:
         """Before the first work on these jobs: the shell must know whom to suspect if the process dies in it."""

@@ -48,7 +48,8 @@ class Completion:
     """The answer to one Request of `Engine.generate`.
 
     logprobs: of each token under the model's own distribution, before temperature and penalties.
-    text: the output before the stop string, for requests with stop strings. error: set where there is no result.
+    text: the output before the stop string or end token, for requests with stop strings. error: set where there
+    is no result.
     """
 
     token_ids: list[int]
@@ -69,7 +70,7 @@ class Limits:
 def check_request(request: Request, checkpoint: Checkpoint | None, limits: Limits) -> None:
     """Raise Refused for a request that this model cannot serve; the message never holds the prompt."""
     prompt = request.prompt_token_ids
-    if not prompt:
+    if len(prompt) == 0:
         raise Refused(ErrorCode.INVALID_TOKEN, "prompt_token_ids: got no token, wanted 1 or more")
     if len(prompt) + 1 > limits.max_model_len:
         raise Refused(
@@ -100,6 +101,6 @@ def ended(
 
 
 def _check_ids(field: str, ids: Seq[int], vocab_size: int) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise Refused(ErrorCode.INVALID_TOKEN, f"{field}: got token id {bad}, wanted 0 to {vocab_size - 1}")

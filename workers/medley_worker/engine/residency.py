@@ -16,6 +16,8 @@ from medley.spec.errors import ErrorCode
 from medley_worker.engine.adapters import AdapterCache, AdapterTooLarge, AdapterUnavailable
 from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
 
+MIN_KNOWN = 2048  # adapters known at once before a look at who still wants them; a header takes some 50 KB
+
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
@@ -33,18 +35,31 @@ class CachedResidency:
     def __init__(self, cache: AdapterCache, announce: Callable[[Seq[Sequence]], None]) -> None:
         self._cache = cache
         self._announce = announce
+        self._prune_at = MIN_KNOWN
 
     def add(self, key: AdapterKey, path: Path) -> None:
         """Make an adapter known; its header is read now, its weights when first used. Raises Refused."""
         with _refusals():
             self._cache.register(key, path)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many are known that it is time to `prune`."""
+        return self.num_known >= self._prune_at
+
+    @property
+    def num_known(self) -> int:
+        return self._cache.num_registered
+
+    def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
+        """Forget the headers of adapters that are neither in memory nor wanted, so that they do not pile up."""
+        self._cache.prune(is_wanted)
+        self._prune_at = max(MIN_KNOWN, 2 * self.num_known)
+
     def is_known(self, key: AdapterKey) -> bool:
         return self._cache.is_registered(key)
 
     def remove(self, key: AdapterKey) -> None:
-        if not self._cache.is_registered(key):
-            raise KeyError(key)
         self._cache.forget(key)
 
     def is_resident(self, key: AdapterKey) -> bool:

@@ -31,6 +31,10 @@ class Refused(ValueError):
         self.error = JobError(code=code, message=message)
 
 
+class AlreadyInFlight(ValueError):
+    """A request's id is that of another one in flight, which stands."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request and its generated tokens.

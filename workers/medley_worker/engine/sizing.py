@@ -46,7 +46,7 @@ def size_engine(
     num_rows = config.max_num_seqs
     if num_rows < 1:
         raise ValueError(f"max_num_seqs: got {num_rows}, wanted 1 or more")
-    max_len = config.max_model_len or model.max_model_len
+    max_len = model.max_model_len if config.max_model_len is None else config.max_model_len
     if not 2 <= max_len <= model.max_model_len:
         raise ValueError(f"max_model_len: got {max_len}, wanted 2 to {model.max_model_len}, the model's own")
     kv_bytes = free_bytes if config.kv_cache_bytes is None else config.kv_cache_bytes
@@ -63,7 +63,9 @@ def size_engine(
     return EngineSizes(
         max_num_seqs=num_rows,
         max_model_len=max_len,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(STEP_TOKENS[config.device.split(":")[0]], num_rows),
+        max_num_batched_tokens=max(STEP_TOKENS[config.device.split(":")[0]], num_rows)
+        if config.max_num_batched_tokens is None
+        else config.max_num_batched_tokens,
         num_pages=num_pages,
         page_size=page_size,
     )
