@@ -138,9 +138,14 @@ def complete(conn: Connection, worker: UUID, results: Sequence[Result]) -> list[
 def _document(results: Sequence[Result]) -> str:
     document = msgspec.json.encode(results)
     if b"\\u0000" in document:  # PostgreSQL's text cannot hold NUL, which a model may well generate
-        cleaned = [msgspec.structs.replace(r, text=r.text and r.text.replace("\0", "\ufffd")) for r in results]
-        document = msgspec.json.encode(cleaned)
+        document = msgspec.json.encode([_without_nul(r) for r in results])
     return document.decode()
+
+
+def _without_nul(result: Result) -> Result:
+    if result.text is None or "\0" not in result.text:
+        return result
+    return msgspec.structs.replace(result, text=result.text.replace("\0", "\ufffd"))
 
 
 # Ends without a worker are set-based: a batch of a million queued jobs is cancelled by one statement.

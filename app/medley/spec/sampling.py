@@ -51,12 +51,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         """Lists of stops become tuples, as decoding makes them. Raises TypeError for a string in place of a list."""
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name}: got {value[:40]!r}, wanted a list")
-            if type(value) is not tuple:
-                msgspec.structs.force_setattr(self, name, tuple(value))
+        if type(self.stop) is not tuple or type(self.stop_token_ids) is not tuple:
+            self._make_tuple("stop")
+            self._make_tuple("stop_token_ids")
+
+    def _make_tuple(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            raise TypeError(f"{name}: got {value[:40]!r}, wanted a list")
+        msgspec.structs.force_setattr(self, name, tuple(value))
 
     def faults(self, at: str = "sampling") -> list[Fault]:
         """Every value out of its range, as `Fault`s that name the field, what it got and what it wanted."""
