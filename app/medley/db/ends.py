@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -36,8 +37,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     job: UUID
     batch: UUID
     seq: int
@@ -125,24 +125,24 @@ def complete(conn: Connection, worker: UUID, results: Sequence[Result]) -> list[
     """
     lock_batches_of(conn, [r.job for r in results])
     rows = conn.exec_driver_sql(_COMPLETE, {"worker": worker, "results": _document(results)}).all()
-    for pool in {row.pool for row in rows}:
-        correction: Counter[UUID] = Counter()
-        for row in rows:
-            if row.pool == pool:
-                result = results[row.ord - 1]
-                correction[row.tenant_id] += result.prompt_tokens + 2 * len(result.token_ids) - row.est_tokens
+    corrections: dict[str, Counter[UUID]] = {}
+    ended: list[Ended] = []
+    for ord_, job, batch, seq, tenant, pool, est_tokens in rows:
+        result = results[ord_ - 1]
+        used = result.prompt_tokens + 2 * len(result.token_ids)
+        corrections.setdefault(pool, Counter())[tenant] += used - est_tokens
+        ended.append(Ended(job, batch, seq))
+    for pool, correction in corrections.items():
         charge(conn, pool, dict(correction))
-    return [Ended(row.job_id, row.batch_id, row.seq) for row in rows]
+    return ended
 
 
 def _document(results: Sequence[Result]) -> str:
-    document = msgspec.json.encode(results)
-    if b"\\u0000" in document:  # PostgreSQL's text cannot hold NUL, which a model may well generate
-        document = msgspec.json.encode([_without_nul(r) for r in results])
-    return document.decode()
+    return msgspec.json.encode([_without_nul(r) for r in results]).decode()
 
 
 def _without_nul(result: Result) -> Result:
+    """PostgreSQL's text cannot hold NUL, which a model may well generate."""
     if result.text is None or "\0" not in result.text:
         return result
     return msgspec.structs.replace(result, text=result.text.replace("\0", "\ufffd"))
