@@ -145,15 +145,17 @@ class Engine:
         priority: int = 0,
         *,
         stream: bool = True,
+        is_sampling_checked: bool = False,
     ) -> None:
         """Queue a request. It goes on after the tokens of `checkpoint`.
 
         priority: higher goes first. stream: report tokens as they come; otherwise only at the end.
+        is_sampling_checked: its sampling parameters were held against their limits before, as the service does.
         Raises Refused for what the model cannot serve, AlreadyInFlight for an id in flight (both ValueErrors).
         """
         if request_id in self._sequences:
             raise AlreadyInFlight(f"request {request_id!r} is in flight already")
-        check_request(request, checkpoint, self._limits)
+        check_request(request, checkpoint, self._limits, is_sampling_checked=is_sampling_checked)
         sampling = request.sampling
         sequence = Sequence(
             request_id=request_id,

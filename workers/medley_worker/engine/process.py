@@ -136,7 +136,14 @@ class Service:
         request = Request(item.prompt_token_ids, item.adapter, item.sampling)
         self._failpoint.see(item)
         try:
-            self._engine.add_request(item.key, request, item.checkpoint, item.priority, stream=item.want_progress)
+            self._engine.add_request(
+                item.key,
+                request,
+                item.checkpoint,
+                item.priority,
+                stream=item.want_progress,
+                is_sampling_checked=True,  # when the job was made
+            )
         except Refused as refused:
             self._send(_failed(item.key, refused.error))
         except AlreadyInFlight as error:

@@ -67,8 +67,13 @@ class Limits:
     max_model_len: int
 
 
-def check_request(request: Request, checkpoint: Checkpoint | None, limits: Limits) -> None:
-    """Raise Refused for a request that this model cannot serve; the message never holds the prompt."""
+def check_request(
+    request: Request, checkpoint: Checkpoint | None, limits: Limits, *, is_sampling_checked: bool = False
+) -> None:
+    """Raise Refused for a request that this model cannot serve; the message never holds the prompt.
+
+    is_sampling_checked: its sampling parameters were held against their limits before, as the service does.
+    """
     prompt = request.prompt_token_ids
     if len(prompt) == 0:
         raise Refused(ErrorCode.INVALID_TOKEN, "prompt_token_ids: got no token, wanted 1 or more")
@@ -79,7 +84,7 @@ def check_request(request: Request, checkpoint: Checkpoint | None, limits: Limit
         )
     _check_ids("prompt_token_ids", prompt, limits.vocab_size)
     _check_ids("sampling.logit_bias", tuple(request.sampling.logit_bias), limits.vocab_size)
-    if faults := request.sampling.faults():
+    if not is_sampling_checked and (faults := request.sampling.faults()):
         raise Refused(ErrorCode.ENGINE, "; ".join(map(str, faults)))
     if checkpoint is not None:
         if len(checkpoint.token_ids) != len(checkpoint.logprobs):
