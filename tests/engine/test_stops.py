@@ -40,6 +40,34 @@ def test_bytes_that_are_no_text_are_not_held_back_for_ever(tokenizer: Tokenizer)
     assert "".join(stream.append(cut) for _ in range(12)).count("\ufffd") >= 8
 
 
+def test_characters_among_broken_bytes_are_not_lost(tokenizer: Tokenizer) -> None:
+    byte_ids = {symbol: i for symbol, i in tokenizer.get_vocab().items() if len(symbol) == 1}
+    parts = [ids(tokenizer, text) for text in ("a", " x", "é", "日", "🙂")] + [[i] for i in byte_ids.values()]
+    rng = random.Random(3)
+    for _ in range(100):
+        tokens = [i for _ in range(30) for i in rng.choice(parts[: rng.choice([5, len(parts)])])]
+        stream = IncrementalText(tokenizer)
+        assert "".join(map(stream.append, tokens)) + stream.finish() == tokenizer.decode(tokens)
+
+
+def test_characters_of_several_byte_tokens_join_under_byte_fallback() -> None:
+    """Llama 2's way, where a byte too few breaks the whole run of byte tokens that it ends."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"\u2581a": 256, "b": 257}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    rng = random.Random(4)
+    for _ in range(100):
+        tokens = [i for _ in range(12) for i in rng.choice([[256], [257], *map(list, map(str.encode, "é日🙂"))])]
+        stream = IncrementalText(made)
+        assert "".join(map(stream.append, tokens)) + stream.finish() == made.decode(tokens)
+
+
+def test_a_stop_string_counts_at_the_token_that_completes_it(tokenizer: Tokenizer) -> None:
+    cut = ids(tokenizer, "🙂")[:2]
+    assert StopMatcher(tokenizer, ["b"]).feed([*ids(tokenizer, "ab"), *cut, *cut]) == StopMatch("a", 2)
+
+
 def test_the_output_is_cut_before_the_earliest_stop_string(tokenizer: Tokenizer) -> None:
     matcher = StopMatcher(tokenizer, ["world", "o w"])
     assert matcher.feed(ids(tokenizer, "hello world")) == StopMatch("hell", 7)
@@ -89,7 +117,7 @@ def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
 
     stream = IncrementalText(Counting())
     assert "".join(stream.append(i) for i in [0, *[1] * 1000, 2, 0]) + stream.finish() == "a ba"
-    assert longest < 16
+    assert longest < 32
 
 
 def test_an_end_token_is_no_part_of_the_watched_text(tokenizer: Tokenizer) -> None:

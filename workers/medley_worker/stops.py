@@ -11,9 +11,12 @@ from typing import Protocol
 
 from medley.spec.jobs import Checkpoint
 
-# A UTF-8 character has at most 4 bytes, so a token that still looks cut after 4 more is not a part of one.
-_MAX_PENDING_TOKENS = 4
-_REPLACEMENT = "\ufffd"
+_REPLACEMENT = "\ufffd"  # what stands for bytes that are no character, or not yet
+# A UTF-8 character has at most 4 bytes, so one that is not complete shows as at most 3 of these. While it is not,
+# some decoders (byte fallback) show the characters before it as such too: after 4 tokens it must have come.
+_MAX_BYTES = 4
+# Tokens decoded at a time while no boundary of characters is in sight, and how many of them are kept then.
+_MAX_WINDOW, _KEPT_WINDOW = 24, 12
 
 
 class Detokenizer(Protocol):
@@ -37,41 +40,61 @@ class StopMatch:
 class IncrementalText:
     """The text of a growing list of tokens, without decoding the whole list at each one.
 
-    A token's text can depend on the one before it (spaces), and a character can be spread over tokens. So
-    each piece is the difference of two decodings of a short window, held back while it ends in a cut one.
+    A token's text can depend on the one before it (spaces), and a character can be spread over tokens. So a
+    short window of tokens is decoded, what it has already given is skipped, and what may be a part of a
+    character at its end is held back.
     """
 
     def __init__(self, tokenizer: Detokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context_at = 0  # tokens from here on are decoded again as context
-        self._pending_at = 0  # tokens from here on have given no text yet
+        self._ids: list[int] = []  # the window
+        self._num_context = 0  # its first tokens, whose text was all given
+        self._text = ""  # of the window
+        self._num_given = 0  # its first characters, that were given
 
     def append(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
         self._ids.append(token_id)
-        is_final = len(self._ids) - self._pending_at > _MAX_PENDING_TOKENS
-        piece = self._advance(is_final=is_final)
-        if is_final and not piece:
-            # Special tokens have no text; kept, they would all be decoded again with each further token.
-            del self._ids[self._pending_at :]
+        text = self._decode()
+        num_held = _num_broken(text)
+        if len(self._ids) - self._num_context > _MAX_BYTES:
+            num_held = min(num_held, _MAX_BYTES - 1)
+        if text and text == self._text and not num_held:
+            # A special token, without text; kept, it would be decoded again with each further token.
+            self._ids.pop()
+            return ""
+        self._text = text
+        piece = self._give(len(text) - num_held)
+        if piece and not num_held:
+            self._restart(self._num_context)
+        elif len(self._ids) > _MAX_WINDOW:
+            self._restart(len(self._ids) - _KEPT_WINDOW)
         return piece
 
     def finish(self) -> str:
-        """The text of tokens that were held back."""
-        return self._advance(is_final=True)
+        """The text that was held back."""
+        return self._give(len(self._text))
 
-    def _advance(self, *, is_final: bool) -> str:
-        context = self._decode(self._context_at, self._pending_at)
-        whole = self._decode(self._context_at, len(self._ids))
-        if len(whole) <= len(context) or (whole.endswith(_REPLACEMENT) and not is_final):
-            return ""
-        self._context_at = self._pending_at
-        self._pending_at = len(self._ids)
-        return whole[len(context) :]
+    def _give(self, end: int) -> str:
+        piece = self._text[self._num_given : end]
+        self._num_given += len(piece)
+        return piece
 
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True) if end > start else ""
+    def _restart(self, start: int) -> None:
+        """Begin the window at its token `start`; what was held back stays so."""
+        num_held = len(self._text) - self._num_given
+        del self._ids[:start]
+        self._num_context = len(self._ids)
+        self._text = self._decode()
+        self._num_given = len(self._text) - min(num_held, _num_broken(self._text))
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+
+def _num_broken(text: str) -> int:
+    """Replacement characters at the end."""
+    return len(text) - len(text.rstrip(_REPLACEMENT))
 
 
 class StopMatcher:
