@@ -189,6 +189,9 @@ def test_several_end_tokens_come_from_generation_config_before_config(tmp_path: 
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 32.0}, "hidden_size"),
+        ({"hidden_size": 34}, "hidden_size: got 34"),
+        ({"num_local_experts": 8}, "num_local_experts: got 8"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
@@ -209,6 +212,7 @@ def test_what_the_decoders_do_not_compute_is_refused_by_name(tmp_path: Path, val
     [
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4}, "layer_types"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": [[], {}, 1, 2]}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "layer_types"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers"),
         ({"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),

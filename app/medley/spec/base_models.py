@@ -48,6 +48,26 @@ _ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 _LLAMA3_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
+# Other decoders' keys. transformers skips them for these four; a file that has them means another forward pass.
+_FOREIGN = {
+    "attn_logit_softcapping",
+    "attention_chunk_size",
+    "attention_multiplier",
+    "clip_qkv",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "n_routed_experts",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "use_qk_norm",
+}
+
+
 class UnsupportedModel(ValueError):
     """A base model that Medley cannot run; `faults` has every reason found."""
 
@@ -169,6 +189,8 @@ def _interpret(
     head_dim = fields.extent("head_dim", default=max(1, hidden_size // num_heads))
     if num_heads % num_kv_heads:
         fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    if fields.get("head_dim") is None and hidden_size % num_heads:
+        fields.refuse("hidden_size", f"a multiple of num_attention_heads ({num_heads}), or head_dim")
     if head_dim % 2:
         faults.append(Fault(field="head_dim", got=str(head_dim), wanted="an even number, for rope"))
     max_model_len = fields.extent("max_position_embeddings")
@@ -213,6 +235,8 @@ def _refuse_variants(fields: Fields, model_type: str) -> None:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
     fields.only("partial_rotary_factor", 1, 1.0)
+    for key in sorted(_FOREIGN & set(fields.values)):
+        fields.only(key, False, 0)
 
 
 def _rope(fields: Fields, max_model_len: int) -> tuple[float, RopeScaling | None]:
@@ -272,7 +296,8 @@ def _layer_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[in
             return every_layer_full
         return tuple(window if layer >= first else None for layer in range(num_layers))
     kinds = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not all(k in kinds for k in layer_types):
+    is_list = isinstance(layer_types, list) and len(layer_types) == num_layers
+    if not is_list or not all(isinstance(kind, str) and kind in kinds for kind in layer_types):
         fields.refuse("layer_types", f"{num_layers} of {' or '.join(kinds)}")
         return every_layer_full
     return tuple(kinds[kind] for kind in layer_types)
