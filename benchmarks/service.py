@@ -11,6 +11,7 @@ fastest: for submit the bare `INSERT ... SELECT unnest` of the jobs and their in
 from __future__ import annotations
 
 import itertools
+import secrets
 import shutil
 import string
 import sys
@@ -177,8 +178,9 @@ SELECT id, tenant_id, batch_id, %(first)s + row_number() OVER (), 'succeeded', %
 
 
 def bare_run(url: str, first: int, seconds: float) -> float:
-    """Jobs/s of one connection as `medley_work`: claim 256, complete 256."""
+    """Jobs/s of one connection as `medley_work`: claim 256, complete 256; results are numbered from `first`."""
     engine, worker = make_engine(url, name="floor", pool_size=1), uuid7()
+    first += secrets.randbelow(2**59)  # a batch's numbers are unique, over all runs of the floor
     answer = {
         "text": "abcdefgh" * 4,
         "token_ids": "{" + ",".join(["101"] * NEW_TOKENS) + "}",
@@ -217,6 +219,7 @@ def main(seconds: float, warm_up: float, floor_seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="medley-bench-") as scratch:
         data = Path(scratch) / "data"
         submit = measure_submit(data, Path(scratch), seconds, warm_up, floor_seconds)
+        record.say(str(submit))
         run = measure_run(data, seconds, warm_up, floor_seconds)
     setting = {
         "tenants": NUM_TENANTS,
@@ -259,7 +262,7 @@ def measure_run(data: Path, seconds: float, warm_up: float, floor_seconds: float
         jobs_s = rate(work, "finished_at", since, until)
         work.dispose()
     with LocalStack(data, model=ASSETS / "model", workers=0) as stack:
-        bare, connections = floor(bare_run, stack.database_url("medley_work"), [0, 2**40], floor_seconds)
+        bare, connections = floor(bare_run, stack.database_url("medley_work"), [2**60, 2**61], floor_seconds)
     return _row("run", jobs_s, bare, connections)
 
 
