@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from rich.console import Console
 from rich.table import Table
 
 from medley.cli.progress import bar, follow
@@ -34,7 +35,8 @@ from medley.local.stack import LocalStack
 @click.option("--workers", default=1, show_default=True, help="Workers (one engine each).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keep the service's state here, and resume from it.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True)
-def demo(prompts: int, workers: int, data_dir: Path | None, output: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Only the figures, as one JSON object.")
+def demo(prompts: int, workers: int, data_dir: Path | None, output: Path, as_json: bool) -> None:
     """Run a bulk evaluation over the demo's adapters: servers, uploads, a sweep for each tenant, report."""
     with tempfile.TemporaryDirectory(prefix="medley-demo-") as scratch:
         with LocalStack(data_dir or Path(scratch), model=MODEL_DIR, workers=workers) as stack:
@@ -51,11 +53,13 @@ def demo(prompts: int, workers: int, data_dir: Path | None, output: Path) -> Non
         output.mkdir(parents=True, exist_ok=True)
         write_jsonl(output / "results.jsonl", chain(*results))
         write_parquet(output / "results.parquet", chain(*results))
-        _show_report(reports)
-        _show_engine(engine)
-        click.echo(f"results: {output}/results.jsonl and {output}/results.parquet")
-        speedup = _compare(Path(scratch), prompts)
-    _summarise(reports, engine, speedup)
+        _show_report(err if as_json else out, reports)
+        click.echo(_describe(engine), err=as_json)
+        click.echo(f"results: {output}/results.jsonl and {output}/results.parquet", err=as_json)
+        times = _compare(Path(scratch), prompts)
+        click.echo("one engine: {mixed_s:.2f} s mixed, {sequential_s:.2f} s one by one".format(**times), err=as_json)
+    figures = _figures(reports, engine, times["speedup"])
+    click.echo(msgspec.json.encode(figures) if as_json else "demo: " + " ".join(f"{k}={v}" for k, v in figures.items()))
 
 
 def _upload(client: Client, tenant: str) -> None:
@@ -86,65 +90,61 @@ def _skills(tenant: str) -> list[Skill]:
     return [skill for skill in SKILLS if tenant_of(skill) == tenant]
 
 
-def _show_report(reports: Sequence[SweepReport]) -> None:
+def _show_report(console: Console, reports: Sequence[SweepReport]) -> None:
     table = Table("skill", "what it does", "base", "own adapter", "95 %", box=None, header_style="bold")
     columns = {column.adapter: column for report in reports for column in report.adapters}
     for skill in SKILLS:
         c = columns[skill.name]
         interval = f"{c.low:.0%} to {c.high:.0%}" if c.low is not None and c.high is not None else "-"
-        base, own = f"{c.base_correct}/{c.base_scored}", f"{c.correct}/{c.scored}"
-        table.add_row(skill.name, skill.description, base, own, interval)
-    out.print(table)
+        shares = (f"{c.base_correct}/{c.base_scored}", f"{c.correct}/{c.scored}")
+        table.add_row(skill.name, skill.description, *shares, interval)
+    console.print(table)
 
 
 def _engine_totals(client: Client, num_tokens: int) -> Counter[str]:
     """The engines' totals, once they count the tokens of every result: workers report them now and then."""
-    deadline = time.monotonic() + 10
-    while True:
-        totals: Counter[str] = sum((Counter(worker.stats) for worker in client.workers()), Counter())
-        if totals["generated_tokens"] >= num_tokens or time.monotonic() > deadline:
-            return totals
+    deadline, totals = time.monotonic() + 10, Counter[str]()
+    while totals["generated_tokens"] < num_tokens and time.monotonic() < deadline:
         time.sleep(0.2)
+        totals = sum((Counter(worker.stats) for worker in client.workers()), Counter[str]())
+    return totals
 
 
-def _show_engine(engine: Counter[str]) -> None:
+def _describe(engine: Counter[str]) -> str:
+    steps = max(1, engine["steps"])  # a sweep that had finished takes none
     tokens, seconds = engine["prompt_tokens"] + engine["generated_tokens"], max(engine["step_s"], 1e-9)
-    click.echo(
-        f"engine: {engine['steps']:.0f} steps in {seconds:.1f} s, {tokens:.0f} tokens ({tokens / seconds:,.0f}/s),"
-        f" {_per_step(engine, 'rows'):.1f} rows of {_per_step(engine, 'adapters'):.1f} adapters a step,"
+    return (
+        f"engine: {engine['steps']} steps in {seconds:.1f} s, {tokens:.0f} tokens ({tokens / seconds:,.0f}/s),"
+        f" {engine['rows'] / steps:.1f} rows of {engine['adapters'] / steps:.1f} adapters a step,"
         f" {engine['adapter_loads']:.0f} adapter loads in {engine['adapter_load_s']:.1f} s,"
         f" {engine['adapter_evictions']:.0f} evictions, {engine['preemptions']:.0f} preemptions"
     )
 
 
-def _per_step(engine: Counter[str], what: str) -> float:
-    return engine[what] / max(1, engine["steps"])  # a sweep that had finished takes no steps
-
-
-def _compare(scratch: Path, num_prompts: int) -> float:
-    """The same adapter jobs in one engine, adapter after adapter over mixed: the ratio of the times inside it."""
+def _compare(scratch: Path, num_prompts: int) -> dict[str, float]:
+    """The same adapter jobs in one engine, adapter after adapter over mixed, timed inside it."""
     jobs = scratch / "jobs.jsonl"
-    with err.status("the same jobs once more: mixed, and adapter after adapter"), jobs.open("wb") as file:
-        for skill in SKILLS:
-            for prompt, _ in skill.held_out(num_prompts):
-                folder = str(ADAPTERS_DIR / skill.name)
-                row = {"prompt": prompt, "adapter_dir": folder, "max_tokens": MAX_ANSWER_TOKENS}
-                file.write(msgspec.json.encode(row) + b"\n")
-        file.flush()
+    rows = [
+        {"prompt": prompt, "adapter_dir": str(ADAPTERS_DIR / skill.name), "max_tokens": MAX_ANSWER_TOKENS}
+        for skill in SKILLS
+        for prompt, _ in skill.held_out(num_prompts)
+    ]
+    jobs.write_bytes(b"\n".join(map(msgspec.json.encode, rows)))
+    with err.status("the same jobs once more: mixed, and adapter after adapter"):
         command = [sys.executable, "-m", "medley_worker.compare", "--model", str(MODEL_DIR), "--jobs", str(jobs)]
         answer = subprocess.run(command, check=True, capture_output=True).stdout
-    figures: dict[str, float] = msgspec.json.decode(answer)
-    click.echo("the same jobs in one engine: {mixed_s:.2f} s mixed, {sequential_s:.2f} s one by one".format(**figures))
-    return figures["speedup"]
+    return msgspec.json.decode(answer, type=dict[str, float])
 
 
-def _summarise(reports: Sequence[SweepReport], engine: Counter[str], speedup: float) -> None:
+def _figures(reports: Sequence[SweepReport], engine: Counter[str], speedup: float) -> dict[str, float]:
     columns = [column for report in reports for column in report.adapters]
-    base = sum(c.base_correct for c in columns) / sum(c.base_scored for c in columns)
-    own = sum(c.correct for c in columns) / sum(c.scored for c in columns)
-    jobs, failed = (sum(getattr(r.sweep.counts, what) for r in reports) for what in ("total", "failed"))
-    click.echo(
-        f"demo: adapters={len(columns)} jobs={jobs} failed={failed} accuracy_base={base:.3f} accuracy_own={own:.3f}"
-        f" adapters_per_step={_per_step(engine, 'adapters'):.1f}"
-        f" rows_per_step={_per_step(engine, 'rows'):.1f} speedup={speedup:.2f}"
-    )
+    return {
+        "adapters": len(columns),
+        "jobs": sum(report.sweep.counts.total for report in reports),
+        "failed": sum(report.sweep.counts.failed for report in reports),
+        "accuracy_base": round(sum(c.base_correct for c in columns) / sum(c.base_scored for c in columns), 3),
+        "accuracy_own": round(sum(c.correct for c in columns) / sum(c.scored for c in columns), 3),
+        "adapters_per_step": round(engine["adapters"] / max(1, engine["steps"]), 1),
+        "rows_per_step": round(engine["rows"] / max(1, engine["steps"]), 1),
+        "speedup": round(speedup, 2),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import msgspec
 from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 
@@ -27,7 +28,8 @@ def tenants() -> None:
     show_default=True,
     help="Of the running `medley up`, unless MEDLEY_DATABASE_URL is set.",
 )
-def add(name: str, data_dir: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As a JSON object.")
+def add(name: str, data_dir: Path, as_json: bool) -> None:
     """Make the tenant NAME where it is new, and print a new API key for it (shown this once)."""
     url = database_url_from_env()
     if url is None:
@@ -40,7 +42,8 @@ def add(name: str, data_dir: Path) -> None:
     engine = create_engine(url)
     try:
         with engine.begin() as connection:
-            click.echo(add_tenant(connection, name))
+            key = add_tenant(connection, name)
+        click.echo(msgspec.json.encode({"tenant": name, "api_key": key}) if as_json else key)
     except IntegrityError:
         raise click.BadParameter(
             f"got {name!r}, wanted up to 63 of a-z, 0-9, _ and -, beginning with a letter or digit",

@@ -35,6 +35,7 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "assets" / "model"
 @click.option("--device", default=None, help="cpu or cuda.  [default: MEDLEY_DEVICE, else cpu]")
 @click.option("--dtype", default=None, help="float32, float16 or bfloat16.  [default: MEDLEY_DTYPE, else float32]")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=None, help="Rows a worker decodes together.")
+@click.option("--json", "as_json", is_flag=True, help="The log as JSON, an object a line.")
 def up(
     workers: int,
     model: Path | None,
@@ -44,6 +45,7 @@ def up(
     device: str | None,
     dtype: str | None,
     max_num_seqs: int | None,
+    as_json: bool,
 ) -> None:
     """Run PostgreSQL, Redis, the API, the dispatcher, the task worker and N workers until Ctrl-C.
 
@@ -62,7 +64,7 @@ def up(
         environ={key: str(value) for key, value in given.items() if value is not None},
     )
     try:
-        run(options, LineLog())
+        run(options, LineLog(as_json=as_json))
     except Stopped:
         pass  # asked to stop before it was ready
     except (DataDirInUse, EmbeddedServersUnavailable, ChildFailed, OSError) as error:

@@ -5,6 +5,7 @@ It knows nothing of processes. Lines of different children never mix, and colour
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import zlib
@@ -17,23 +18,29 @@ _MAX_LINE_BYTES = 1 << 16
 
 
 class LineLog:
-    """Writes `name | line`. A reader that went away ends the log, not the writer."""
+    """Writes `name | line`, or a JSON object a line. A reader that went away ends the log, not the writer."""
 
-    def __init__(self, stream: IO[str] | None = None, *, name_width: int = 10) -> None:
+    def __init__(self, stream: IO[str] | None = None, *, name_width: int = 10, as_json: bool = False) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._width = name_width
+        self._as_json = as_json
         self._has_colours = self._stream.isatty()
 
     def write(self, name: str, line: str) -> None:
         """One line, without its newline."""
-        head = f"{name:<{self._width}} |"
-        if self._has_colours:
-            head = f"\x1b[{_COLOURS[zlib.crc32(name.encode()) % len(_COLOURS)]}m{head}\x1b[0m"
         try:
-            self._stream.write(f"{head} {line}\n")
+            self._stream.write(self._form(name, line) + "\n")
             self._stream.flush()
         except (BrokenPipeError, ValueError):
             self._stream = _nowhere()
+
+    def _form(self, name: str, line: str) -> str:
+        if self._as_json:
+            return json.dumps({"process": name, "line": line})
+        head = f"{name:<{self._width}} |"
+        if self._has_colours:
+            head = f"\x1b[{_COLOURS[zlib.crc32(name.encode()) % len(_COLOURS)]}m{head}\x1b[0m"
+        return f"{head} {line}"
 
 
 class LineReader:
