@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches
@@ -19,13 +19,14 @@ from medley.db.ends import End, end_unclaimed
 from medley.spec.jobs import Checkpoint, JobState
 
 
-@dataclass(frozen=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True, array_like=True):
     job: UUID
     attempt: int
     tenant: UUID
     lane: UUID
     est_tokens: int
+    priority: int
+    revision: UUID | None
 
 
 # An array hides from the planner how many jobs it thinks are picked: it takes a tenth of each lane's, and would read
@@ -39,13 +40,17 @@ WITH want AS (
         WHERE j.pool = %(pool)s AND j.lane = w.lane AND j.state = 'queued' AND NOT j.is_held
         ORDER BY j.priority DESC, j.id LIMIT w.n FOR UPDATE SKIP LOCKED
     ) q
+), claimed AS (
+    UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
+    FROM workers w
+    WHERE j.id = ANY(ARRAY(SELECT id FROM picked)) AND w.id = %(worker)s AND w.state IN ('active', 'waking')
+        AND w.lease_until > clock_timestamp()
+    RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
 )
-UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
-FROM workers w
-WHERE j.id = ANY(ARRAY(SELECT id FROM picked)) AND w.id = %(worker)s AND w.state IN ('active', 'waking')
-    AND w.lease_until > clock_timestamp()
-RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
+SELECT coalesce(json_agg(json_build_array(id, attempt, tenant_id, lane, est_tokens, priority, revision_id)), '[]')::text
+FROM claimed
 """
+_claimed_decoder = msgspec.json.Decoder(list[Claimed])
 
 
 def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Claimed]:
@@ -54,7 +59,7 @@ def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID,
     Charges the tenants by estimate. The caller holds its term in this transaction (`leaders.hold_term`). A worker
     without a live lease gets nothing.
     """
-    rows = conn.exec_driver_sql(
+    document = conn.exec_driver_sql(
         _CLAIM,
         {
             "pool": pool,
@@ -62,17 +67,18 @@ def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID,
             "lanes": [lane for lane, _ in lanes],
             "counts": [n for _, n in lanes],
         },
-    ).all()
-    _leave_queue(conn, pool, rows)
-    return [Claimed(row.id, row.attempt, row.tenant_id, row.lane, row.est_tokens) for row in rows]
+    ).scalar_one()
+    claimed = _claimed_decoder.decode(document)
+    _leave_queue(conn, pool, claimed)
+    return claimed
 
 
-def _leave_queue(conn: Connection, pool: str, rows: Sequence[Any]) -> None:
+def _leave_queue(conn: Connection, pool: str, claimed: Sequence[Claimed]) -> None:
     tokens: Counter[UUID] = Counter()
     left: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
-    for row in rows:
-        tokens[row.tenant_id] += row.est_tokens
-        left[(row.lane, row.priority, row.tenant_id, row.revision_id)] += 1
+    for job in claimed:
+        tokens[job.tenant] += job.est_tokens
+        left[(job.lane, job.priority, job.tenant, job.revision)] += 1
     charge(conn, pool, dict(tokens))
     add_demand(conn, pool, [(*key, -n) for key, n in left.items()])
 
