@@ -10,11 +10,13 @@ from stacks import Service, finish, sweep_jobs
 pytestmark = pytest.mark.faults
 
 POISON = "~"  # a byte that no other prompt holds; the failpoint ends the engine in a step that has it
+# Four rows a step: the culprit is found in two halvings, and each death costs the start of an engine.
+POISONED = {"MEDLEY_ENGINE_FAILPOINT": f"die_on_token={ord(POISON)}", "MEDLEY_MAX_NUM_SEQS": "4"}
 
 
 def test_a_poison_job_is_quarantined_while_the_others_finish(start_service: Callable[..., Service]) -> None:
-    service = start_service(MEDLEY_ENGINE_FAILPOINT=f"die_on_token={ord(POISON)}")
-    jobs = sweep_jobs(5, 150)
+    service = start_service(**POISONED)
+    jobs = sweep_jobs(5, 60)
     jobs[40]["prompt"] = f"abc{POISON}="
     batch = service.client.submit_many(jobs)
     finish(service, batch, timeout_s=180)
@@ -25,8 +27,8 @@ def test_a_poison_job_is_quarantined_while_the_others_finish(start_service: Call
 def test_a_poison_adapter_is_quarantined_and_its_jobs_fail_with_one_reason(
     start_service: Callable[..., Service],
 ) -> None:
-    service = start_service(MEDLEY_ENGINE_FAILPOINT=f"die_on_token={ord(POISON)}")
-    jobs = sweep_jobs(6, 80)
+    service = start_service(**POISONED)
+    jobs = sweep_jobs(6, 24)
     poisoned = str(jobs[0].get("adapter") or "caesar-1")
     for job in jobs:
         if job.get("adapter") == poisoned:

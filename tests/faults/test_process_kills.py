@@ -20,7 +20,7 @@ def test_killed_workers_lose_no_job_and_their_jobs_are_free_within_lease_and_swe
     start_service: Callable[..., Service],
 ) -> None:
     service, rng = start_service(workers=2), random.Random(SEED)
-    batch = service.client.submit_many(sweep_jobs(SEED, 1_200))
+    batch = service.client.submit_many(sweep_jobs(SEED, 500))
     for share in sorted(rng.uniform(0.05, 0.7) for _ in range(3)):
         service.wait_progress(batch, share)
         service.stack.kill("worker", rng.randrange(2))
@@ -40,7 +40,7 @@ def test_killed_workers_lose_no_job_and_their_jobs_are_free_within_lease_and_swe
 
 def test_a_killed_dispatcher_is_replaced_and_no_job_is_lost(start_service: Callable[..., Service]) -> None:
     service, rng = start_service(), random.Random(SEED + 1)
-    batch = service.client.submit_many(sweep_jobs(SEED, 800))
+    batch = service.client.submit_many(sweep_jobs(SEED, 400))
     for share in sorted(rng.uniform(0.05, 0.8) for _ in range(2)):
         service.wait_progress(batch, share)
         service.stack.kill("dispatcher")
@@ -51,7 +51,7 @@ def test_a_killed_api_keeps_every_job_it_acknowledged(start_service: Callable[..
     service, rng = start_service(), random.Random(SEED + 2)
     batches = []
     for number in range(4):
-        batches.append(service.client.submit_many(sweep_jobs(SEED + number, 200)))
+        batches.append(service.client.submit_many(sweep_jobs(SEED + number, 80)))
         time.sleep(rng.uniform(0, 0.3))
         service.stack.kill("api")  # the client's retries carry it over the restart
     finish(service, *batches)
@@ -59,7 +59,7 @@ def test_a_killed_api_keeps_every_job_it_acknowledged(start_service: Callable[..
 
 def test_a_worker_frozen_past_its_lease_changes_nothing_when_it_wakes(start_service: Callable[..., Service]) -> None:
     service = start_service(workers=2)
-    batch = service.client.submit_many(sweep_jobs(SEED + 3, 800))
+    batch = service.client.submit_many(sweep_jobs(SEED + 3, 400))
     service.wait_progress(batch, 0.2)
     frozen = service.stack.pid("worker", 0)
     service.stack.kill("worker", 0, signal.SIGSTOP)

@@ -18,7 +18,7 @@ OUTAGE_S = 10.0
 
 def test_flushed_in_mid_sweep_nothing_is_lost(start_service: Callable[..., Service]) -> None:
     service = start_service()
-    batch = service.client.submit_many(sweep_jobs(1, 600))
+    batch = service.client.submit_many(sweep_jobs(1, 300))
     for share in (0.1, 0.4, 0.7):
         service.wait_progress(batch, share)
         with redis.Redis.from_url(service.stack.redis_url) as client:
@@ -28,7 +28,7 @@ def test_flushed_in_mid_sweep_nothing_is_lost(start_service: Callable[..., Servi
 
 def test_jobs_go_on_and_new_ones_are_taken_while_redis_hangs(start_service: Callable[..., Service]) -> None:
     service = start_service()
-    running = service.client.submit_many(sweep_jobs(2, 600))
+    running = service.client.submit_many(sweep_jobs(2, 500))
     service.wait_progress(running, 0.1)
     pid = service.stack.pid("redis")
     started = time.monotonic()

@@ -26,8 +26,11 @@ from medley.client import Client, Sweep
 from medley.client.files import write_jsonl, write_parquet
 from medley.client.types import SweepReport
 from medley.demo import ADAPTERS_DIR, MODEL_DIR
-from medley.demo.skills import MAX_ANSWER_TOKENS, SKILLS, TENANTS, Skill, tenant_of
+from medley.demo.skills import MAX_ANSWER_TOKENS, SKILLS, TENANTS, tenant_of
 from medley.local.stack import LocalStack
+
+ROWS = "128"  # a step: on small cores a step costs little more for more rows
+OWNED = {tenant: [skill for skill in SKILLS if tenant_of(skill) == tenant] for tenant in TENANTS}
 
 
 @click.command()
@@ -39,7 +42,8 @@ from medley.local.stack import LocalStack
 def demo(prompts: int, workers: int, data_dir: Path | None, output: Path, as_json: bool) -> None:
     """Run a bulk evaluation over the demo's adapters: servers, uploads, a sweep for each tenant, report."""
     with tempfile.TemporaryDirectory(prefix="medley-demo-") as scratch:
-        with LocalStack(data_dir or Path(scratch), model=MODEL_DIR, workers=workers) as stack:
+        environ = {"MEDLEY_MAX_NUM_SEQS": ROWS}
+        with LocalStack(data_dir or Path(scratch), model=MODEL_DIR, workers=workers, environ=environ) as stack:
             click.echo(f"service: {stack.url} with {workers} worker(s), real PostgreSQL and Redis below it", err=True)
             clients = {tenant: Client(stack.url, stack.add_tenant(tenant)) for tenant in TENANTS}
             for tenant, client in clients.items():
@@ -63,7 +67,7 @@ def demo(prompts: int, workers: int, data_dir: Path | None, output: Path, as_jso
 
 
 def _upload(client: Client, tenant: str) -> None:
-    mine = _skills(tenant)
+    mine = OWNED[tenant]
     with tempfile.TemporaryDirectory() as folder, bar(f"{tenant}: adapters", len(mine)) as show:
         for skill in mine:
             (Path(folder) / skill.name).symlink_to(ADAPTERS_DIR / skill.name, target_is_directory=True)
@@ -78,16 +82,12 @@ def _sweep(client: Client, tenant: str, num_prompts: int) -> Sweep:
     """Each adapter, and the base, on the prompts of the adapter's own skill: held out from its training."""
     prompts = [
         {"prompt": prompt, "expected": expected, "adapter": skill.name, "custom_id": f"{skill.name}/{i}"}
-        for i, rows in enumerate(zip(*(s.held_out(num_prompts) for s in _skills(tenant)), strict=True))
-        for skill, (prompt, expected) in zip(_skills(tenant), rows, strict=True)
+        for skill in OWNED[tenant]
+        for i, (prompt, expected) in enumerate(skill.held_out(num_prompts))
     ]
     return client.sweep(
         f"demo-{num_prompts}", prompts, adapters=[f"{tenant}/*"], include_base=True, max_tokens=MAX_ANSWER_TOKENS
     )
-
-
-def _skills(tenant: str) -> list[Skill]:
-    return [skill for skill in SKILLS if tenant_of(skill) == tenant]
 
 
 def _show_report(console: Console, reports: Sequence[SweepReport]) -> None:
@@ -130,9 +130,9 @@ def _compare(scratch: Path, num_prompts: int) -> dict[str, float]:
         for prompt, _ in skill.held_out(num_prompts)
     ]
     jobs.write_bytes(b"\n".join(map(msgspec.json.encode, rows)))
+    command = [sys.executable, "-m", "medley_worker.compare", "--model", str(MODEL_DIR), "--jobs", str(jobs)]
     with err.status("the same jobs once more: mixed, and adapter after adapter"):
-        command = [sys.executable, "-m", "medley_worker.compare", "--model", str(MODEL_DIR), "--jobs", str(jobs)]
-        answer = subprocess.run(command, check=True, capture_output=True).stdout
+        answer = subprocess.run([*command, "--max-num-seqs", ROWS], check=True, capture_output=True).stdout
     return msgspec.json.decode(answer, type=dict[str, float])
 
 
