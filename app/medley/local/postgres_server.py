@@ -135,7 +135,8 @@ class PostgresServer:
         self._run_once([*initdb, *encoding, *sync], fresh)
         statements = resources.files("medley.local").joinpath("owner.sql").read_text()
         if self._owner_may_create_databases:
-            statements += "ALTER ROLE medley_owner CREATEDB;\n"
+            # Dropping a database ends the sessions in it, whoever's they are.
+            statements += "ALTER ROLE medley_owner CREATEDB;\nGRANT pg_signal_backend TO medley_owner;\n"
         self._run_once([str(self._binaries.postgres), "--single", "-D", _HERE, "postgres"], fresh, statements)
         rules = [f"local all {role} trust\n" for role in _LOCAL_ROLES]
         (fresh / "pg_hba.conf").write_text(_HBA + "".join(rules) + "local all all reject\n")
