@@ -74,7 +74,6 @@ class PostgresServer:
             "wal_level": "minimal",  # no replicas of an embedded server
             "max_wal_senders": "0",
             "fsync": "on" if self._durable else "off",
-            "synchronous_commit": "on" if self._durable else "off",
             "jit": "off",  # statements are short
             "log_line_prefix": "",
             "log_checkpoints": "off",
