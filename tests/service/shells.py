@@ -49,7 +49,7 @@ def make_model(folder: Path) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 32_768,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -272,7 +272,7 @@ class Site:
         (stats,) = [row.stats for row in self.workers() if row.id == shell.worker]
         return int(stats.get("generated_tokens", 0))
 
-    def wait_computing(self, shell: ShellProcess, cpu_s: float = 0.2) -> None:
+    def wait_computing(self, shell: ShellProcess, cpu_s: float = 0.1) -> None:
         """Until the engine has computed this long, which is some dozens of steps."""
         engine = psutil.Process(shell.engine_pid())
         until_s = engine.cpu_times().user + cpu_s

@@ -17,7 +17,8 @@ from medley.db import flags
 from medley.db.workers import WorkerState
 from medley.spec.ids import uuid7
 
-LONG = {"prompt": "a long answer", "max_tokens": 1_200}  # some seconds of work
+LONG = {"prompt": "a long answer", "max_tokens": 1_200}  # a second of work, or some
+ENDLESS = {"prompt": "a book", "max_tokens": 20_000}  # more than any machine does while a test runs
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_what_cannot_run_fails_with_its_code_and_the_others_finish(site: Site, s
     missing = site.add_revision("missing", seed=0, digest="0" * 64)
     rows = site.run(
         shell,
-        {"prompt": "x" * 5_000},
+        {"prompt": "x" * 40_000},
         {"prompt_token_ids": [1, 999]},
         {"prompt": "abc", "revision": missing},
         {"prompt": "abc", "written_by_another_version": 1},
@@ -93,11 +94,12 @@ def test_what_cannot_run_fails_with_its_code_and_the_others_finish(site: Site, s
     codes = ["prompt_too_long", "invalid_token", "adapter_unavailable", "engine", None]
     assert [row.error_code for row in rows] == codes
     assert [row.state for row in rows] == ["failed"] * 4 + ["succeeded"]
-    assert "5001 tokens" in rows[0].error_message
+    assert "40001 tokens" in rows[0].error_message
 
 
 def test_running_jobs_are_cancelled_and_expired_within_seconds(site: Site, shell: ShellProcess) -> None:
-    cancelled, expiring, alone = site.submit(LONG, LONG), site.submit(LONG, deadline_in_s=2.0), site.submit(LONG, LONG)
+    cancelled, alone = site.submit(ENDLESS, ENDLESS), site.submit(ENDLESS, LONG)
+    expiring = site.submit(ENDLESS, deadline_in_s=2.0)
     site.ring(shell, site.claim(shell))
     site.wait_computing(shell)
     site.execute(flags.cancel_batch, cancelled)
@@ -181,7 +183,7 @@ def test_jobs_complete_while_redis_is_down(site: Site, shell: ShellProcess, embe
 
 
 def test_results_wait_for_postgres_to_come_back(site: Site, shell: ShellProcess, embedded: Any) -> None:
-    batch = site.submit(*[{"prompt": f"job {i}", "max_tokens": 200} for i in range(8)])
+    batch = site.submit(*[LONG | {"prompt": f"job {i}"} for i in range(8)])
     site.ring(shell, site.claim(shell))
     site.wait_computing(shell)
     embedded.kill("postgres")

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from medley_worker.ops.linear import MIN_BATCHED_ROWS, batched_product
+from medley_worker.ops.linear import ROW_QUANTUM, batched_product
 
 PREFILL_BLOCK = 16  # queries
 # Reading a prefix of the cache in place beats gathering pages while at most this share of it is read for nothing.
@@ -199,8 +200,10 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attention
     outputs: list[Tensor] = []
     if plan.decode is not None:
         blocks = q[:split].view(split, num_kv_heads, group, head_dim)
-        if group < MIN_BATCHED_ROWS:
-            blocks = blocks.expand(split, num_kv_heads, MIN_BATCHED_ROWS, head_dim)
+        if group == 1:
+            blocks = blocks.expand(split, num_kv_heads, ROW_QUANTUM, head_dim)
+        elif group % ROW_QUANTUM:
+            blocks = F.pad(blocks, (0, 0, 0, -group % ROW_QUANTUM))
         y = _attend(blocks, k_cache, v_cache, plan.decode, window)
         outputs.append(y[:, :, :group].reshape(split, num_heads * head_dim))
     if plan.prefill is not None:

@@ -1,11 +1,11 @@
 """Matrix products whose rows do not depend on their neighbours.
 
-On CPU in float32 a row's bits must not change with the number of rows beside it. Measured with torch 2.13 (MKL,
-AVX-512), 1 and 2 threads, 1 to 1024 rows: with the weight as [K, N] row-major and K <= 512, every number of
-rows from 2 on gives the same bits, in `mm` and in `bmm` alike, whatever N; appending zeros along K or columns
-along N changes nothing either. One row differs (a gemv), [N, K]-major weights differ below 16 rows, and from
-K = 1024 on the split of K depends on the rows and the threads. So weights are [K, N], rows are padded, and K is cut
-into pieces of 512 that are added in order.
+On CPU in float32 a row's bits must not change with the number of rows beside it. Measured with torch 2.13 (MKL on
+Intel and AMD processors with AVX-512), 1 to 8 threads, 1 to 1024 rows, the weight as [K, N] row-major and K <= 512:
+`mm` gives the same bits from 12 rows on, `bmm` for every multiple of 4 rows, whatever N. Below 4 rows AMD's path is
+another, one row is a gemv everywhere, and threads may split a product of one item at rows that are no multiple of
+4. [N, K]-major weights differ below 16 rows, and from K = 1024 on the split of K depends on the rows and the threads.
+So weights are [K, N], rows are padded, and K is cut into pieces of 512 that are added in order.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_ROWS = 16  # 2 were enough where it was measured; 16 holds for the other weight order too
-MIN_BATCHED_ROWS = 2
+MIN_ROWS = 16  # 12 were enough where it was measured; 16 holds for the other weight order too
+ROW_QUANTUM = 4  # a batched product's rows are a multiple of it
 MAX_DEPTH = 512  # the largest K of one product
 # Below M x K x N = 400 torch's bmm takes a loop of its own (ATen LinearAlgebra.cpp), with other bits.
 MIN_BATCHED_VOLUME = 400
@@ -37,14 +37,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def batched_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Semantics: out[i] = a[i] @ b[i]. a: [S, M, K] with M >= 2, b: [S, K, N] row-major. Returns [S, M, N].
+    """Semantics: out[i] = a[i] @ b[i]. a: [S, M, K] with M a multiple of 4, b: [S, K, N] row-major. Returns [S, M, N].
 
     out: written where given, contiguous (torch's bmm loops over i otherwise).
     """
-    assert a.shape[1] >= MIN_BATCHED_ROWS, "a product of one row takes another path and gives other bits"
+    assert a.shape[1] % ROW_QUANTUM == 0, "other numbers of rows take other paths and give other bits"
     num_rows, depth = a.shape[1:]
     if num_rows * depth * b.shape[2] < MIN_BATCHED_VOLUME:
-        enough = -(-MIN_BATCHED_VOLUME // (depth * b.shape[2]))
+        enough = -(-MIN_BATCHED_VOLUME // (depth * b.shape[2] * ROW_QUANTUM)) * ROW_QUANTUM
         y = torch.bmm(F.pad(a, (0, 0, 0, enough - num_rows)), b)[:, :num_rows]
         return y.contiguous() if out is None else out.copy_(y)
     if depth <= MAX_DEPTH:

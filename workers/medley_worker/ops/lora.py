@@ -21,7 +21,7 @@ from torch import Tensor
 from medley_worker.ops.linear import batched_product
 from medley_worker.ops.lora_stage import AdapterTiles, LoraStage
 
-BLOCK_ROWS = (2, 4, 8, 16, 32, 64)  # what M may be; `linear` says why not 1
+BLOCK_ROWS = (4, 8, 16, 32, 64)  # what M may be; `linear` says why multiples of 4
 # One block costs about as much as this many of its rows (measured at H 128, rank 16: 0.7 us and 0.12 us, and
 # now and then its weights are copied).
 BLOCK_COST_ROWS = 12
