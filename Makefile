@@ -36,9 +36,9 @@ check: $(STAMP) ## Formatting, lint, types, import rules.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread of torch a test process: two of them share the machine.
-test: $(STAMP) ## All tests, on two processes: make test ARGS="-k sweep"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+# One thread of torch a test process. Three of them keep two cores busy: much of the service's tests is waiting.
+test: $(STAMP) ## All tests, on three processes: make test ARGS="-k sweep"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile $(ARGS)
 
 demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers included.
 	$(BIN)/medley demo
