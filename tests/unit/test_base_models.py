@@ -7,27 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_configs
 import transformers
+from tiny_configs import CONFIGS
 
 from medley.spec.base_models import BaseModel, RopeScaling, UnsupportedModel, linear_sites, read_base_model
 
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
+TINY = tiny_configs.TINY | {"num_hidden_layers": 4}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
