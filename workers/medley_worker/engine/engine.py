@@ -191,7 +191,7 @@ class Engine:
             self._announce([s for s in plan.entering if not s.is_announced])
             sampled = plan.sampled_rows()
             forward_started = time.perf_counter()
-            result = self._parts.forward.run(plan, sampled)
+            result = self._parts.forward.launch(plan, sampled).result()
             self._counters.forward_s += time.perf_counter() - forward_started
             self._parts.scheduler.advance(plan)
             self._take(sampled, result, outputs)

@@ -20,12 +20,15 @@ def is_plain(sampling: SamplingParams) -> bool:
     """Whether the next token is the argmax of the model's own logits."""
     return (
         sampling.temperature == 0.0
-        and sampling.repetition_penalty == 1.0
-        and sampling.presence_penalty == 0.0
-        and sampling.frequency_penalty == 0.0
+        and not needs_output(sampling)
         and not sampling.logit_bias
         and sampling.min_tokens == 0
     )
+
+
+def needs_output(sampling: SamplingParams) -> bool:
+    """Whether the draw of the next token reads the output tokens before it."""
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 class RowTable:
@@ -56,6 +59,9 @@ class RowTable:
         self.is_decoding = np.zeros(num_rows, np.bool_)
         self.is_streamed = np.zeros(num_rows, np.bool_)
         self.is_plain = np.ones(num_rows, np.bool_)
+        self.needs_output = np.zeros(num_rows, np.bool_)  # its draw reads its output tokens
+        # Its newest token is drawn on the device and not read yet: num_tokens counts it, token_ids has a gap there.
+        self.is_pending = np.zeros(num_rows, np.bool_)
         self.adapter_index = np.zeros(num_rows, np.int64)  # 0: the base; else the scheduler's index of the adapter
         self.seed = np.zeros(num_rows, np.int64)
         self.sequences: list[Sequence | None] = [None] * num_rows
@@ -89,6 +95,8 @@ class RowTable:
         self.is_decoding[row] = False
         self.is_streamed[row] = sequence.is_streamed
         self.is_plain[row] = is_plain(sampling)
+        self.needs_output[row] = needs_output(sampling)
+        self.is_pending[row] = False
         self.adapter_index[row] = adapter_index
         self.seed[row] = sequence.seed
         ends = (() if sampling.ignore_eos else self.eos_token_ids) + sampling.stop_token_ids

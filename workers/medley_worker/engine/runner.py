@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from medley_worker.engine.adapters import AdapterCache
-from medley_worker.engine.forward import StepResult
+from medley_worker.engine.forward import DoneTicket, StepResult
 from medley_worker.engine.rows import NO_TOKEN, Rows, RowTable
 from medley_worker.engine.scheduler import Scheduler, StepPlan
 from medley_worker.models import Decoder, KVCache, build_batch
@@ -17,6 +17,8 @@ from medley_worker.ops.sampling import SamplingRow, build_sampling_batch, sample
 
 class ModelForward:
     """`forward.Forward` over a Decoder, its KV cache and the resident adapters."""
+
+    depth = 0
 
     def __init__(
         self, decoder: Decoder, kv: KVCache, adapters: AdapterCache, rows: RowTable, scheduler: Scheduler
@@ -27,7 +29,7 @@ class ModelForward:
         self._rows = rows
         self._scheduler = scheduler
 
-    def run(self, plan: StepPlan, sampled: Rows) -> StepResult:
+    def launch(self, plan: StepPlan, sampled: Rows) -> DoneTicket:
         rows = self._rows
         num_decode = len(plan.decode_rows)
         order = np.concatenate([plan.decode_rows, np.array([c.row for c in plan.chunks], np.int64)])  # [B]
@@ -55,7 +57,8 @@ class ModelForward:
         entries = [None if plain else self._sampling_row(row) for row, plain in _with_plain(rows, sampled)]
         drawn = sample(logits, build_sampling_batch(entries, logits.shape[1], logits.device))
         is_bad = drawn.is_nan.cpu().numpy()
-        return StepResult(drawn.token_ids.cpu().numpy(), drawn.logprobs.cpu().numpy(), is_bad if is_bad.any() else None)
+        drawn_ids, logprobs = drawn.token_ids.cpu().numpy(), drawn.logprobs.cpu().numpy()
+        return DoneTicket(StepResult(drawn_ids, logprobs, is_bad if is_bad.any() else None))
 
     def _sampling_row(self, row: int) -> SamplingRow:
         rows = self._rows
