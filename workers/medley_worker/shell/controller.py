@@ -21,11 +21,12 @@ from medley.db.workers import Room, WorkerState
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
-from medley.spec.wire import EngineConfig, FromEngine, JobKey, Ready, Release
+from medley.spec.wire import EngineConfig, Finished, FromEngine, JobKey, Ready, Release
 from medley_worker.shell.engine_link import EngineLink
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
 from medley_worker.shell.isolation import Deaths
+from medley_worker.shell.outcomes import Outcomes
 from medley_worker.shell.report import Report
 from medley_worker.shell.results import Results
 from medley_worker.shell.transactions import Transactions
@@ -45,7 +46,7 @@ class EngineUseless(Exception):
 
 
 class Controller:
-    """on_state: called after each change of the worker's state. give_back_waiting: releases what waits."""
+    """on_state: called after each change of the worker's state."""
 
     def __init__(
         self,
@@ -57,9 +58,8 @@ class Controller:
         feed: Feed,
         results: Results,
         report: Report,
-        on_messages: Callable[[list[FromEngine]], None],
+        outcomes: Outcomes,
         on_state: Callable[[], None],
-        give_back_waiting: Callable[[], None],
     ) -> None:
         self._config = config
         self._worker = worker
@@ -68,9 +68,8 @@ class Controller:
         self._feed = feed
         self._results = results
         self._report = report
-        self._on_messages = on_messages
+        self._outcomes = outcomes
         self._on_state = on_state
-        self._give_back_waiting = give_back_waiting
         self._wake = threading.Event()
         self._desired = WorkerState.ASLEEP
         self._is_stopping = False
@@ -79,12 +78,10 @@ class Controller:
         self._deaths = Deaths()
         self._start_at_s = 0.0  # monotonic: not before
 
-    @property
     def accepts(self) -> bool:
         """Whether jobs assigned to this worker are taken in, now or as soon as the engine is loaded."""
         return self._desired is WorkerState.ACTIVE and not self._is_stopping
 
-    @property
     def max_model_len(self) -> int | None:
         """Of the loaded engine, in tokens."""
         ready = self._ready
@@ -100,13 +97,6 @@ class Controller:
         """Give everything back and leave."""
         self._is_stopping = True
         self._wake.set()
-
-    def engine_ready(self, ready: Ready) -> None:
-        self._ready = ready
-        self._wake.set()
-
-    def engine_works(self) -> None:
-        self._deaths.worked()
 
     def kill_engine(self) -> None:
         """For the end of the process: without a word to anybody."""
@@ -155,9 +145,19 @@ class Controller:
 
     def _start(self) -> None:
         self._ready = None
-        self._link = EngineLink(self._config, on_messages=self._on_messages, on_end=self._wake.set)
+        self._link = EngineLink(self._config, on_messages=self._hear, on_end=self._wake.set)
         log.info("engine.started", worker=self._worker.hex, pid=self._link.pid)
         self._stand(WorkerState.WAKING)
+
+    def _hear(self, messages: list[FromEngine]) -> None:
+        """On the link's thread: what is said of the engine itself is kept here, what is said of jobs goes on."""
+        for message in messages:
+            if isinstance(message, Ready):
+                self._ready = message
+                self._wake.set()
+            elif isinstance(message, Finished):
+                self._deaths.worked()
+        self._outcomes.take(messages)
 
     def _open(self, link: EngineLink, ready: Ready) -> None:
         log.info("engine.loaded", worker=self._worker.hex, pid=link.pid, load_s=round(ready.load_s, 2))
@@ -182,7 +182,7 @@ class Controller:
             else:
                 link.stop(STOP_S)
                 self._forget_engine()
-        self._give_back_waiting()
+        self._results.give_back_waiting()
         if not self._held.wait_empty(FLUSH_S):
             log.warning("worker.unflushed", worker=self._worker.hex, num_jobs=len(self._held))
 

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 class Intake:
-    """accepts: whether the worker takes jobs now. max_model_len: of the loaded engine, None before it is."""
+    """accepts: whether the worker takes jobs now."""
 
     def __init__(
         self,
@@ -45,11 +45,9 @@ class Intake:
         held: HeldJobs,
         feed: Feed,
         results: Results,
-        codec: TextCodec,
-        store: Store,
+        preparation: Preparation,
         *,
         accepts: Callable[[], bool],
-        max_model_len: Callable[[], int | None],
     ) -> None:
         self._transactions = transactions
         self._worker = worker
@@ -57,7 +55,7 @@ class Intake:
         self._held = held
         self._feed = feed
         self._results = results
-        self._preparation = Preparation(codec, store, max_model_len)
+        self._preparation = preparation
         self._accepts = accepts
         self._outage = Outage("fetching inputs")
 
@@ -110,7 +108,7 @@ _UNREADABLE = JobError(code=ErrorCode.ENGINE, message="prompt: the model's token
 
 
 class Preparation:
-    """Turns inputs into what the engine takes. Without state of its own."""
+    """Turns inputs into what the engine takes. max_model_len: of the loaded engine, None before it is."""
 
     def __init__(self, codec: TextCodec, store: Store, max_model_len: Callable[[], int | None]) -> None:
         self._codec = codec

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Lease:
-    """on_desire: called with the desired state after each renewal. on_lost: called once, when the lease is lost."""
+    """Renews while `run` runs; whoever has something to say asks for a renewal soon."""
 
     def __init__(
         self,
@@ -36,24 +36,23 @@ class Lease:
         *,
         lease_s: float,
         health_file: Path | None,
-        on_desire: Callable[[WorkerState], None],
-        on_lost: Callable[[], None],
     ) -> None:
         self._transactions = transactions
         self._worker = worker
         self._report = report
         self._lease_s = lease_s
         self._health_file = health_file
-        self._on_desire = on_desire
-        self._on_lost = on_lost
         self._due = threading.Event()
 
     def renew_soon(self) -> None:
         """Renew now rather than at the next turn: there is something to say, or perhaps to hear."""
         self._due.set()
 
-    def run(self) -> None:
-        """Renew until the lease is lost, on a thread of its own."""
+    def run(self, on_desire: Callable[[WorkerState], None], on_lost: Callable[[], None]) -> None:
+        """Renew until the lease is lost, on a thread of its own.
+
+        on_desire: called with the desired state after each renewal. on_lost: called once, when the lease is lost.
+        """
         outage = Outage("renewing the lease")
         while True:
             self._due.clear()
@@ -65,11 +64,11 @@ class Lease:
                 wait_s = min(wait_s, RETRY_S)
             except LeaseLost:
                 log.error("lease.lost", worker=self._worker.hex)
-                self._on_lost()
+                on_lost()
                 return
             else:
                 outage.end()
-                self._on_desire(desired)
+                on_desire(desired)
             beat(self._health_file)
             self._due.wait(wait_s)
 

@@ -31,7 +31,7 @@ from medley_worker.shell.controller import Controller, EngineUseless
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.inbox import Inbox
-from medley_worker.shell.intake import Intake
+from medley_worker.shell.intake import Intake, Preparation
 from medley_worker.shell.lease import Lease
 from medley_worker.shell.messages import Messages
 from medley_worker.shell.outcomes import Outcomes
@@ -63,10 +63,12 @@ class Shell:
         self._transactions = transactions = Transactions(settings.database_url, num_threads=6)
         self._ringer = ringer = Ringer(settings.redis_url)
         codec = TextCodec.load(model_dir)
-        store = Store.open(settings.store_url)
         max_num_seqs = settings.worker.max_num_seqs
-        self._held = held = HeldJobs()
-        inbox, feed, report = Inbox(), Feed(held), Report(max_num_seqs)
+        held, report = HeldJobs(), Report(max_num_seqs)
+        self._inbox, feed = Inbox(), Feed(held)
+        self._lease = lease = Lease(
+            transactions, worker, report, lease_s=settings.lease_s, health_file=settings.health_file
+        )
         results = Results(
             transactions,
             worker,
@@ -74,23 +76,9 @@ class Shell:
             ringer,
             pool=settings.pool,
             low_water=max_num_seqs,
-            on_fenced=lambda: self._lease.renew_soon(),
+            on_fenced=lease.renew_soon,
         )
-
-        def accepts() -> bool:
-            return self._controller.accepts
-
-        self._watch = watch = Watch(transactions, worker, inbox, held, feed, results, accepts=accepts)
-        outcomes = Outcomes(
-            codec,
-            held,
-            feed,
-            results,
-            report,
-            on_ready=lambda ready: self._controller.engine_ready(ready),
-            on_work=lambda: self._controller.engine_works(),
-        )
-        self._controller = Controller(
+        self._controller = controller = Controller(
             config=engine_config(settings, model_dir),
             worker=worker,
             transactions=transactions,
@@ -98,42 +86,17 @@ class Shell:
             feed=feed,
             results=results,
             report=report,
-            on_messages=outcomes.take,
-            on_state=lambda: self._lease.renew_soon(),
-            give_back_waiting=watch.give_back_waiting,
+            outcomes=Outcomes(codec, held, feed, results, report),
+            on_state=lease.renew_soon,
         )
-        self._lease = Lease(
-            transactions,
-            worker,
-            report,
-            lease_s=settings.lease_s,
-            health_file=settings.health_file,
-            on_desire=self._controller.desire,
-            on_lost=lambda: ends.put(EXIT_LEASE_LOST),
-        )
-        intake = Intake(
-            transactions,
-            worker,
-            inbox,
-            held,
-            feed,
-            results,
-            codec,
-            store,
-            accepts=accepts,
-            max_model_len=lambda: self._controller.max_model_len,
-        )
-
-        def arrive(ids: list[UUID]) -> None:
-            inbox.put(ids)
-            # A message without ids is about the worker's row; one that comes too early may tell of it too.
-            if not ids or not self._controller.accepts:
-                self._lease.renew_soon()
-
-        self._messages = Messages(settings.redis_url, worker, arrive)
+        preparation = Preparation(codec, Store.open(settings.store_url), controller.max_model_len)
+        accepts = controller.accepts
+        intake = Intake(transactions, worker, self._inbox, held, feed, results, preparation, accepts=accepts)
+        watch = Watch(transactions, worker, self._inbox, held, feed, results, accepts=accepts)
+        self._messages = Messages(settings.redis_url, worker, self._arrive)
         # The lease is first: it is what the others' writes stand on.
         self._threads: dict[str, Callable[[], None]] = {
-            "lease": self._lease.run,
+            "lease": lambda: lease.run(controller.desire, lambda: ends.put(EXIT_LEASE_LOST)),
             "results": results.run,
             "controller": self._control,
             "intake": intake.run,
@@ -169,6 +132,12 @@ class Shell:
             lease_s=self._settings.lease_s,
             desired=WorkerState.ASLEEP if self._settings.worker.starts_asleep else WorkerState.ACTIVE,
         )
+
+    def _arrive(self, ids: list[UUID]) -> None:
+        self._inbox.put(ids)
+        # A message without ids is about the worker's row; one that comes too early may tell of it too.
+        if not ids or not self._controller.accepts():
+            self._lease.renew_soon()
 
     def _control(self) -> None:
         try:

@@ -5,7 +5,7 @@ Runs on the engine link's thread, a list of messages at a time, so that text is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from medley.db.ends import Result
 from medley.db.queue import Release
@@ -20,7 +20,7 @@ from medley_worker.stops import StopWatch
 
 
 class Outcomes:
-    """on_ready: called when the engine is loaded. on_work: called when it has run jobs."""
+    """Acts on what an engine says of jobs."""
 
     def __init__(
         self,
@@ -29,17 +29,12 @@ class Outcomes:
         feed: Feed,
         results: Results,
         report: Report,
-        *,
-        on_ready: Callable[[Ready], None],
-        on_work: Callable[[], None],
     ) -> None:
         self._codec = codec
         self._held = held
         self._feed = feed
         self._results = results
         self._report = report
-        self._on_ready = on_ready
-        self._on_work = on_work
 
     def take(self, messages: Sequence[FromEngine]) -> None:
         """Act on `messages`, in order as far as order matters (within one job)."""
@@ -58,7 +53,7 @@ class Outcomes:
                 case EngineStats():
                     self._report.engine_says(message)
                 case Ready():
-                    self._on_ready(message)
+                    pass  # of the engine, not of jobs: its controller hears it
         if finished:
             self._finish(finished)
         if released:
@@ -95,7 +90,6 @@ class Outcomes:
             for (message, num_prompt), text in zip(plain, texts, strict=True)
         ]
         self._results.put(results)
-        self._on_work()
 
     def _progress(self, message: Progress) -> None:
         held = self._held.in_engine(message.key)

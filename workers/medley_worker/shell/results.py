@@ -80,6 +80,14 @@ class Results:
                 self._releases += releases
                 self._changed.notify()
 
+    def give_back_waiting(self) -> None:
+        """Release what waits outside the engine."""
+        self.give_back([held.key for held in self._held.end_waiting()])
+
+    def give_back(self, keys: Sequence[JobKey]) -> None:
+        """Give jobs back without a checkpoint: one that a job came with stays as it is."""
+        self.put_back([Release(job=key.job, attempt=key.attempt, checkpoint=None) for key in keys])
+
     def run(self) -> None:
         """Flush for ever, on a thread of its own."""
         while True:

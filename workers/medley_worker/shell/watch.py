@@ -11,7 +11,6 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from medley.db import queue
 from medley.db.ends import Result
 from medley.db.flags import Flag, Flagged, flagged
 from medley.db.inputs import assigned
@@ -70,16 +69,9 @@ class Watch:
         if self._accepts():
             self._inbox.put(missed)
             return
-        self.give_back([JobKey(job, attempt) for job, attempt in rows if job in missed])
-        self.give_back_waiting()
-
-    def give_back_waiting(self) -> None:
-        """Release what waits outside the engine."""
-        self._release([held.key for held in self._held.end_waiting()])
-
-    def give_back(self, keys: Sequence[JobKey]) -> None:
-        """Release jobs that are not held, or wait."""
-        self._release([key for key in keys if self._held.end(key) is Phase.WAITING])
+        keys = [JobKey(job, attempt) for job, attempt in rows if job in missed]
+        self._results.give_back([key for key in keys if self._held.end(key) is Phase.WAITING])
+        self._results.give_back_waiting()
 
     def _read(self, conn: Connection) -> tuple[list[tuple[UUID, int]], list[Flagged]]:
         return assigned(conn, self._worker), flagged(conn, self._worker)
@@ -108,8 +100,4 @@ class Watch:
         if requests:
             self._feed.send(Release(tuple(requests)))
         self._results.put(results)
-        self._release(releases)
-
-    def _release(self, keys: Sequence[JobKey]) -> None:
-        # Without a checkpoint: one that the job came with stays as it is.
-        self._results.put_back([queue.Release(job=key.job, attempt=key.attempt, checkpoint=None) for key in keys])
+        self._results.give_back(releases)
