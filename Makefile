@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench compose clean
+.PHONY: help setup check test test-gpu demo bench bench-gpu compose clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,13 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; 
 STAMP := $(VENV)/set-up-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
 # More options for pytest: make test ARGS="-k sweep"
 ARGS ?=
+# Machines with a GPU often have torch and no network: an interpreter that is named is used as it is,
+# make test-gpu PYTHON=python3, with this tree on its path. Otherwise the virtual environment's.
+PYTHON_IS_GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
+GPU_SETUP := $(if $(PYTHON_IS_GIVEN),,$(STAMP))
+GPU_PYTHON := PYTHONPATH=app:workers:.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(PYTHON_IS_GIVEN),$(PYTHON),$(BIN)/python)
+# What bench-gpu measures: kernels, lora, step, workload or adapters.
+PART ?= lora
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +47,18 @@ check: $(STAMP) ## Formatting, lint, types, import rules.
 test: $(STAMP) ## All tests, on three processes: make test ARGS="-k sweep"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile $(ARGS)
 
+# Other warnings come from the libraries there, and differ from version to version.
+test-gpu: $(GPU_SETUP) ## All tests that need a GPU: make test-gpu PYTHON=python3 runs them without an environment
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/kernels $(ARGS)
+
 demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers included.
 	$(BIN)/medley demo
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
 	for figure in engine_cpu service; do $(BIN)/python -m "benchmarks.$$figure"; done
+
+bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|workload|adapters ARGS=--again
+	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)
 
 compose: $(STAMP) ## Write compose.yaml anew from the table of processes.
 	$(BIN)/python -m medley.local.compose > compose.yaml

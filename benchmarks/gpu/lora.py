@@ -1,0 +1,95 @@
+"""`lora-path.json`: the LoRA sites of one decode step of the 7B shape alone, in one CUDA graph.
+
+floor_ms: the weight bytes of each adapter, read once, at the bandwidth of `floors`. Rows are shuffled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.gpu.floors import BANDWIDTH
+from benchmarks.gpu.lora_sites import LoraSites, TilesShort
+from benchmarks.gpu.results import Figure, Run, part_options
+from benchmarks.gpu.shapes import base_model
+from benchmarks.gpu.timing import GraphTimer
+from benchmarks.gpu.workloads import POPULARITIES, adapter_rows
+from benchmarks.record import say
+
+# What a row calls its ranks, and the ranks that its adapters take by turns.
+RANKS: dict[int | str, tuple[int, ...]] = {16: (16,), 64: (64,), 8: (8,), 128: (128,), "mix": (8, 16, 32, 64)}
+BATCHES = (32, 1, 8, 16, 64, 128, 256)
+# 128 adapters of rank 128 take what an H200 has.
+MAX_ADAPTER_RANKS = 128 * 128
+ROW_S = 3.0  # a row's time at the most
+
+Case = tuple[int | str, int, str]
+
+
+def cases(figure: Figure) -> list[Case]:
+    """(rank, batch, popularity) of the rows that are wanted, those that others are compared by first."""
+    return [
+        (rank, batch, popularity)
+        for rank, batch, popularity in itertools.product(RANKS, BATCHES, POPULARITIES)
+        if figure.wants(rank=rank, batch=batch, popularity=popularity)
+        and sum(ranks_of(rank, batch, popularity)) <= MAX_ADAPTER_RANKS
+    ]
+
+
+def ranks_of(rank: int | str, batch: int, popularity: str) -> list[int]:
+    """The rank of each adapter of a case."""
+    turns = RANKS[rank]
+    return [turns[i % len(turns)] for i in range(max(adapter_rows(batch, popularity)) + 1)]
+
+
+@click.command()
+@part_options
+def main(run: Run) -> None:
+    """Measure the LoRA path for ranks, batches and popularities."""
+    figure = Figure(
+        "lora-path",
+        ("rank", "batch", "popularity"),
+        run,
+        notes=["7B shape, 32 layers x 4 launches in one CUDA graph, bf16; the L2 is emptied before each replay"],
+    )
+    wanted = cases(figure)
+    if not wanted:
+        say(f"{figure.path} has all rows; --again measures them once more")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = base_model("7b", Path(folder))
+    most = max(sum(-(-r // 8) for r in ranks_of(*case)) for case in wanted) * 4
+    max_batch = max(BATCHES)
+    sites = LoraSites(model, num_tiles=most, max_tokens=max_batch, max_adapters=max_batch)
+    timer = GraphTimer()
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    for rank, batch, popularity in wanted:
+        if not run.has_time_for(ROW_S):
+            return
+        ranks = ranks_of(rank, batch, popularity)
+        try:
+            work = sites.upload(ranks, adapter_rows(batch, popularity))
+        except TilesShort as short:
+            say(f"left out: rank {rank}, batch {batch}, {popularity}: {short}")
+            continue
+        if batch not in graphs:
+            graphs[batch] = timer.capture(lambda num_rows=batch, work=work: sites.step(num_rows, work))  # type: ignore[misc]
+        figure.add(
+            {
+                "rank": rank,
+                "batch": batch,
+                "popularity": popularity,
+                "adapters": len(ranks),
+                "ms": round(timer.replay_ms(graphs[batch]), 4),
+                "floor_ms": round(sites.floor_bytes(ranks) / BANDWIDTH * 1e3, 4),
+                "host": None,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()
