@@ -107,7 +107,8 @@ class Rig:
         sampled = np.concatenate([plan.decode_rows, [c.row for c in plan.chunks if c.is_last]]).astype(np.int64)
         self.scheduler.advance(plan)
         tokens = 1 + self.rows.num_tokens[sampled] % 50
-        is_stop, is_long = self.rows.append(sampled, tokens, np.zeros(len(sampled), np.float32))
+        places = self.scheduler.expect(sampled)
+        is_stop, is_long = self.rows.write(sampled, places, tokens, np.zeros(len(sampled), np.float32))
         for row in sampled[is_stop | is_long].tolist():
             sequence = self.scheduler.end_row(row)
             self.outputs[sequence.request_id] = sequence.output_ids.tolist()

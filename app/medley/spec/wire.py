@@ -146,7 +146,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     steps: int = 0
     step_s: float = 0.0  # seconds inside step()
-    forward_s: float = 0.0  # of which inside the model
+    forward_s: float = 0.0  # of which launching the model and waiting for it
+    host_s: float = 0.0  # of which not waiting for the model
     rows: int = 0  # sum over steps of the sequences in the step
     adapters: int = 0  # sum over steps of the distinct adapters in the step
     prompt_tokens: int = 0  # computed, recompute included

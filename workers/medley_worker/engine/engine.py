@@ -21,10 +21,9 @@ from medley.spec.jobs import Checkpoint, FinishReason
 from medley.spec.sampling import SEED_LIMIT
 from medley.spec.wire import AdapterRef, EngineConfig, EngineStats
 from medley_worker.engine.assembly import Parts, assemble
-from medley_worker.engine.forward import StepResult
 from medley_worker.engine.offline import generate
+from medley_worker.engine.pipeline import Drawn, Pipeline
 from medley_worker.engine.requests import Completion, Limits, Request, RequestOutput, check_request, ended
-from medley_worker.engine.rows import Rows
 from medley_worker.engine.scheduler import StepPlan
 from medley_worker.engine.sequences import AdapterKey, AlreadyInFlight, Refused, RequestId, Sequence
 from medley_worker.engine.sizing import EngineSizes
@@ -45,6 +44,7 @@ class Engine:
         self.config = config
         self.on_entering: Callable[[list[RequestId]], None] | None = None
         self._open: Parts | None = assemble(config, self._announce)
+        self._pipeline = Pipeline(self._parts.forward, self._parts.rows, self._parts.scheduler)
         self._sequences: dict[RequestId, Sequence] = {}
         self._outputs: list[RequestOutput] = []  # of requests that ended outside a step
         self._order = 0
@@ -106,7 +106,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._sequences) or bool(self._outputs)
+        return bool(self._sequences) or bool(self._outputs) or self._pipeline.num_in_flight > 0
 
     def add_adapter(self, name: str, adapter_dir: str | Path) -> None:
         """Make the PEFT adapter in `adapter_dir` known as `name`. Its weights are read when first used.
@@ -179,37 +179,47 @@ class Engine:
         self._parts.scheduler.add(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step: admit, compute, draw. Returns what is new for requests that are streamed or ended."""
+        """Run one step: admit, launch, and read what was launched `depth` steps before.
+
+        Returns what is new for requests that are streamed or ended.
+        """
         started = time.perf_counter()
         outputs, self._outputs = self._outputs, []
+        if self._pipeline.num_in_flight and self._parts.scheduler.must_settle:
+            self._settle(outputs)
         plan = self._parts.scheduler.schedule()
         for sequence, error in plan.failed:
             del self._sequences[sequence.request_id]
             outputs.append(_finished(sequence, None, error))
         self._counters.preemptions += plan.num_preempted
-        if not plan.is_empty:
+        if plan.is_empty:
+            self._settle(outputs)
+        else:
             self._announce([s for s in plan.entering if not s.is_announced])
-            sampled = plan.sampled_rows()
-            forward_started = time.perf_counter()
-            result = self._parts.forward.launch(plan, sampled).result()
-            self._counters.forward_s += time.perf_counter() - forward_started
-            self._parts.scheduler.advance(plan)
-            self._take(sampled, result, outputs)
+            self._pipeline.launch(plan, started)
             self._count(plan)
-            self._counters.step_s += time.perf_counter() - started
+            while self._pipeline.has_excess:
+                self._take(self._pipeline.collect(), outputs)
+        self._counters.step_s += time.perf_counter() - started
         return outputs
 
     def abort(self, request_ids: Iterable[RequestId]) -> None:
         """Forget these requests, of which nothing more is reported; unknown ids are ignored."""
         gone = set(request_ids)
-        self._outputs = [output for output in self._outputs if output.request_id not in gone]
         for request_id in gone:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
                 self._parts.scheduler.remove(sequence)
+        if not self._sequences:
+            self._settle(self._outputs)  # of nobody: so that an engine without requests has no work
+        self._outputs = [output for output in self._outputs if output.request_id not in gone]
 
     def release(self, request_ids: Iterable[RequestId] | None = None) -> dict[RequestId, Checkpoint]:
-        """Give these requests (None: all) back with what they have generated; unknown ids are left out."""
+        """Give these requests (None: all) back with what they have generated; unknown ids are left out.
+
+        So are those that end with the tokens in flight: the next step reports them.
+        """
+        self._settle(self._outputs)
         released: dict[RequestId, Checkpoint] = {}
         for request_id in list(self._sequences) if request_ids is None else request_ids:
             sequence = self._sequences.pop(request_id, None)
@@ -229,7 +239,8 @@ class Engine:
         return EngineStats(
             steps=counters.steps,
             step_s=counters.step_s,
-            forward_s=counters.forward_s,
+            forward_s=self._pipeline.launch_s + self._pipeline.wait_s,
+            host_s=counters.step_s - self._forward_wait_s,
             rows=counters.rows,
             adapters=counters.adapters,
             prompt_tokens=counters.prompt_tokens,
@@ -261,29 +272,35 @@ class Engine:
         assert in_rows == self._parts.rows.num_used, "a row has no request"
         assert len(self._sequences) - in_rows == self._parts.scheduler.num_waiting, "a request is in no line"
 
-    def _take(self, sampled: Rows, result: StepResult, outputs: list[RequestOutput]) -> None:
-        """Write the drawn tokens to their rows; end those that are done."""
-        token_ids, logprobs = result.token_ids, result.logprobs
-        if result.is_bad is not None:
-            for row in sampled[result.is_bad].tolist():
-                error = JobError(code=ErrorCode.NUMERICAL, message="the model's logits hold NaN")
-                outputs.append(self._end(row, None, error))
-            is_good = ~result.is_bad
-            sampled, token_ids, logprobs = sampled[is_good], token_ids[is_good], logprobs[is_good]
+    @property
+    def _forward_wait_s(self) -> float:
+        """Seconds in which the engine waited for the forward pass. One without depth computes while it launches."""
+        pipeline = self._pipeline
+        return pipeline.wait_s if pipeline.depth else pipeline.launch_s + pipeline.wait_s
+
+    def _settle(self, outputs: list[RequestOutput]) -> None:
+        """Read every step in flight."""
+        while self._pipeline.num_in_flight:
+            self._take(self._pipeline.collect(), outputs)
+
+    def _take(self, drawn: Drawn, outputs: list[RequestOutput]) -> None:
+        """End the rows that are done; report them, and the new tokens of those that are streamed."""
+        for row in drawn.bad_rows:
+            error = JobError(code=ErrorCode.NUMERICAL, message="the model's logits hold NaN")
+            outputs.append(self._end(row, None, error))
         rows = self._parts.rows
-        is_stop, is_long = rows.append(sampled, token_ids, logprobs)
-        self._counters.generated_tokens += len(sampled)
-        is_over = is_stop | is_long
-        is_told = is_over | rows.is_streamed[sampled]
+        self._counters.generated_tokens += len(drawn.rows)
+        is_over = drawn.is_stop | drawn.is_long
+        is_told = is_over | rows.is_streamed[drawn.rows]
         if not is_told.any():
             return
         for i in np.flatnonzero(is_told).tolist():
-            row = int(sampled[i])
+            row = int(drawn.rows[i])
             new: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
             if rows.is_streamed[row]:
-                new = ((int(token_ids[i]),), (float(logprobs[i]),))
+                new = ((int(drawn.token_ids[i]),), (float(drawn.logprobs[i]),))
             if is_over[i]:
-                reason = FinishReason.STOP if is_stop[i] else FinishReason.LENGTH
+                reason = FinishReason.STOP if drawn.is_stop[i] else FinishReason.LENGTH
                 outputs.append(self._end(row, reason, None, *new))
             else:
                 sequence = rows.sequences[row]

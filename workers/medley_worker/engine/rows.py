@@ -35,7 +35,7 @@ class RowTable:
     """Rows of running sequences.
 
     | array | who writes it |
-    | token_ids, logprobs [num_rows, max_len] | this table; [:prompt_len] is the prompt |
+    | token_ids, logprobs [num_rows, max_len] | this table; [:prompt_len] is the prompt, [:num_known] is there |
     | page_table [num_rows, max_pages] | the scheduler; the first num_pages of a row are held |
     | num_computed, is_decoding | the scheduler, through `advance` |
     """
@@ -50,7 +50,8 @@ class RowTable:
         self.logprobs = np.empty((num_rows, max_len), np.float32)
         self.page_table = np.zeros((num_rows, -(-max_len // page_size)), np.int32)
         self.num_pages = np.zeros(num_rows, np.int64)
-        self.num_tokens = np.zeros(num_rows, np.int64)  # prompt and output
+        self.num_tokens = np.zeros(num_rows, np.int64)  # prompt and output, tokens in flight included
+        self.num_known = np.zeros(num_rows, np.int64)  # of which are in token_ids
         self.num_computed = np.zeros(num_rows, np.int64)  # tokens whose K and V are in pages
         self.prompt_len = np.zeros(num_rows, np.int64)
         self.stop_len = np.zeros(num_rows, np.int64)  # num_tokens at which it ends by length
@@ -60,8 +61,9 @@ class RowTable:
         self.is_streamed = np.zeros(num_rows, np.bool_)
         self.is_plain = np.ones(num_rows, np.bool_)
         self.needs_output = np.zeros(num_rows, np.bool_)  # its draw reads its output tokens
-        # Its newest token is drawn on the device and not read yet: num_tokens counts it, token_ids has a gap there.
-        self.is_pending = np.zeros(num_rows, np.bool_)
+        self.is_pending = np.zeros(num_rows, np.bool_)  # its newest token is in flight: a gap in token_ids
+        self.is_complete = np.zeros(num_rows, np.bool_)  # its last token by length is in flight
+        self.tenure = np.zeros(num_rows, np.int64)  # new for each sequence that holds the row
         self.adapter_index = np.zeros(num_rows, np.int64)  # 0: the base; else the scheduler's index of the adapter
         self.seed = np.zeros(num_rows, np.int64)
         self.sequences: list[Sequence | None] = [None] * num_rows
@@ -86,7 +88,7 @@ class RowTable:
             self.logprobs[row, prompt_len:num_tokens] = sequence.output_logprobs
         self.page_table[row, : len(pages)] = pages
         self.num_pages[row] = len(pages)
-        self.num_tokens[row] = num_tokens
+        self.num_tokens[row] = self.num_known[row] = num_tokens
         self.num_computed[row] = 0
         self.prompt_len[row] = prompt_len
         sampling = sequence.sampling
@@ -96,7 +98,7 @@ class RowTable:
         self.is_streamed[row] = sequence.is_streamed
         self.is_plain[row] = is_plain(sampling)
         self.needs_output[row] = needs_output(sampling)
-        self.is_pending[row] = False
+        self.is_pending[row] = self.is_complete[row] = False
         self.adapter_index[row] = adapter_index
         self.seed[row] = sequence.seed
         ends = (() if sampling.ignore_eos else self.eos_token_ids) + sampling.stop_token_ids
@@ -108,40 +110,53 @@ class RowTable:
         return row
 
     def release(self, row: int) -> tuple[Sequence, list[int]]:
-        """Take the row back; its tokens go to the sequence. Returns the sequence and the pages it held."""
+        """Take the row back; its tokens go to the sequence, but for those in flight. Returns it and the row's pages."""
         sequence = self.sequences[row]
         assert sequence is not None, f"row {row} is released twice"
         sequence.output_ids, sequence.output_logprobs = self.output(row)
         sequence.row = None
         pages: list[int] = self.page_table[row, : self.num_pages[row]].tolist()
         self.num_pages[row] = 0
-        self.is_decoding[row] = False
+        self.is_decoding[row] = self.is_pending[row] = self.is_complete[row] = False
+        self.tenure[row] += 1
         self.sequences[row] = None
         self._free.append(row)
         return sequence, pages
 
     def output(self, row: int) -> tuple[Tokens, Logprobs]:
-        """Copies of the tokens generated so far, with their log-probabilities."""
-        span = slice(int(self.prompt_len[row]), int(self.num_tokens[row]))
+        """Copies of the tokens generated and read so far, with their log-probabilities."""
+        span = slice(int(self.prompt_len[row]), int(self.num_known[row]))
         return self.token_ids[row, span].copy(), self.logprobs[row, span].copy()
 
     def add_page(self, row: int, page: int) -> None:
         self.page_table[row, self.num_pages[row]] = page
         self.num_pages[row] += 1
 
-    def append(
-        self, rows: Rows, token_ids: npt.NDArray[np.int64], logprobs: Logprobs
+    def expect(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Count one new token for each of `rows` ([R]) that `write` brings later. Returns their places [R]."""
+        places = self.num_tokens[rows]
+        num_tokens = places + 1
+        self.num_tokens[rows] = num_tokens
+        self.is_pending[rows] = True
+        self.is_complete[rows] = num_tokens >= self.stop_len[rows]
+        return places
+
+    def write(
+        self, rows: Rows, places: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64], logprobs: Logprobs
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Write one new token to each of `rows`; returns per row (ended by an end token, ended by length)."""
-        at = self.num_tokens[rows]
-        self.token_ids[rows, at] = token_ids
-        self.logprobs[rows, at] = logprobs
-        at += 1
-        self.num_tokens[rows] = at
+        """Write the expected tokens, oldest first where a row has several in flight.
+
+        All [R]. Returns per row (ended by an end token, ended by length).
+        """
+        self.token_ids[rows, places] = token_ids
+        self.logprobs[rows, places] = logprobs
+        num_known = places + 1
+        self.num_known[rows] = num_known
+        self.is_pending[rows] = num_known < self.num_tokens[rows]
         is_stop = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         if is_stop.any():
-            is_stop &= at > self.min_len[rows]
-        return is_stop, at >= self.stop_len[rows]
+            is_stop &= num_known > self.min_len[rows]
+        return is_stop, num_known >= self.stop_len[rows]
 
     def held_pages(self) -> list[int]:
         return [int(p) for row in range(self.num_rows) for p in self.page_table[row, : self.num_pages[row]]]
@@ -159,6 +174,10 @@ class RowTable:
             assert row not in free, f"row {row} is free and used"
             assert sequence.row == row, f"the sequence of row {row} thinks it holds row {sequence.row}"
             assert self.num_computed[row] <= self.num_pages[row] * self.page_size, f"row {row} computed past its pages"
-            assert self.num_computed[row] < self.num_tokens[row] < self.stop_len[row], f"row {row} should have ended"
+            assert self.num_computed[row] < self.num_tokens[row], f"row {row} computed past its tokens"
+            assert self.num_known[row] < self.stop_len[row], f"row {row} should have ended"
+            assert self.num_tokens[row] <= self.stop_len[row], f"row {row} goes on past its end"
+            assert self.is_pending[row] == (self.num_known[row] < self.num_tokens[row]), f"row {row} is miscounted"
+            assert self.is_complete[row] == (self.num_tokens[row] == self.stop_len[row]), f"row {row} ends unmarked"
             if self.is_decoding[row]:
                 assert self.num_computed[row] == self.num_tokens[row] - 1, f"row {row} decodes with a gap"

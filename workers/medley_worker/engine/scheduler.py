@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from medley.spec.errors import JobError
 from medley_worker.engine.pages import PagePool
@@ -153,11 +154,23 @@ class Scheduler:
             self._unpin(index)
         return sequence
 
+    @property
+    def must_settle(self) -> bool:
+        """Whether the tokens in flight must be read before `schedule`: it may preempt, or draw from output tokens."""
+        rows = self._rows
+        goes_on = rows.is_decoding & ~rows.is_complete
+        if (goes_on & rows.is_pending & rows.needs_output).any():
+            return True
+        return int(np.count_nonzero(goes_on & self._is_full())) > self._pages.num_free
+
     def schedule(self) -> StepPlan:
-        """What to run next. Rows, pages and pins are taken; `advance` is called when it has run."""
+        """What to run next. Rows, pages and pins are taken; `advance` is called when it is launched.
+
+        While tokens are in flight, `must_settle` is False.
+        """
         num_preempted = self._grow_decoding()
         if self._decode_order is None:
-            decoding = np.flatnonzero(self._rows.is_decoding)
+            decoding = np.flatnonzero(self._rows.is_decoding & ~self._rows.is_complete)
             self._decode_order = decoding[np.argsort(self._rows.adapter_index[decoding], kind="stable")]
         plan = StepPlan(self._decode_order, num_preempted=num_preempted)
         budget = self._max_tokens - len(self._decode_order)
@@ -173,7 +186,7 @@ class Scheduler:
         return plan
 
     def advance(self, plan: StepPlan) -> None:
-        """The K, V of the step's tokens are in the pages; rows whose last chunk ran now decode."""
+        """The K, V of the step's tokens are as good as in the pages; rows whose last chunk runs now decode."""
         self._rows.num_computed[plan.decode_rows] += 1
         for chunk in plan.chunks:
             self._rows.num_computed[chunk.row] += chunk.num_tokens
@@ -182,10 +195,21 @@ class Scheduler:
                 self._prefilling.remove(chunk.row)
                 self._decode_order = None
 
+    def expect(self, sampled: Rows) -> npt.NDArray[np.int64]:
+        """A token is on its way to each of `sampled`: see `RowTable.expect`. Complete rows run no more."""
+        places = self._rows.expect(sampled)
+        if self._rows.is_complete[sampled].any():
+            self._decode_order = None
+        return places
+
+    def _is_full(self) -> npt.NDArray[np.bool_]:
+        is_full: npt.NDArray[np.bool_] = self._rows.num_computed == self._rows.num_pages * self._rows.page_size
+        return is_full
+
     def _grow_decoding(self) -> int:
         """A page for each decode row that has none for its next token; returns how many were preempted."""
         rows = self._rows
-        is_full = rows.is_decoding & (rows.num_computed == rows.num_pages * rows.page_size)
+        is_full = rows.is_decoding & ~rows.is_complete & self._is_full()
         if not is_full.any():
             return 0
         num_preempted = 0
@@ -206,6 +230,7 @@ class Scheduler:
                 rank = (-sequence.priority, int(self._admitted_at[row]), row)
                 victim = rank if victim is None or rank > victim else victim
         assert victim is not None, "pages ran out with no row running"
+        assert not self._rows.is_pending[victim[2]], "a row is preempted with a token in flight"
         insort(self._waiting, self.end_row(victim[2]), key=_line_key)
 
     def _add_chunk(self, plan: StepPlan, row: int, budget: int) -> int:

@@ -11,7 +11,6 @@ class Counters:
 
     steps: int = 0
     step_s: float = 0.0
-    forward_s: float = 0.0
     rows: int = 0
     adapters: int = 0
     prompt_tokens: int = 0
