@@ -174,13 +174,3 @@ def adapter_files(folder: str = "add", **replaced: bytes) -> dict[str, tuple[str
 def fields_of(response: httpx.Response) -> list[str]:
     """The fields that a refusal names."""
     return [fault["field"] for fault in response.json()["error"]["faults"]]
-
-
-def poll(condition: Any, *, within_s: float = 10) -> Any:
-    """What `condition()` returns once it is true."""
-    deadline = time.monotonic() + within_s
-    while True:
-        if value := condition():
-            return value
-        assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.01)

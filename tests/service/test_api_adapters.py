@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,17 +11,10 @@ from api_server import ADAPTERS, Api, adapter_files, fields_of, running_api
 from sqlalchemy import text
 
 from medley.config import Limits
-from medley.local.embedded import EmbeddedServers
 from medley.spec.revisions import revision_digest
 from medley.store import Store
 
-
-@pytest.fixture(scope="module")
-def api(module_database: Any, embedded: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    store_url = tmp_path_factory.mktemp("store").as_uri()
-    limits = Limits(max_body_bytes=1 << 16, max_adapter_bytes=1 << 20)
-    with running_api(module_database, embedded.redis_url, store_url, limits=limits) as api:
-        yield api
+LIMITS = Limits(max_body_bytes=1 << 16, max_adapter_bytes=1 << 20)
 
 
 @pytest.fixture(autouse=True)

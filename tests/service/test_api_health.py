@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,21 +11,19 @@ from uuid import UUID
 
 import httpx
 import pytest
-from api_server import Api, poll, running_api
+from api_server import Api, running_api
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
+from waiting import wait_until
 
+from medley.config import Limits
 from medley.db import workers
 from medley.db.connections import tenant_transaction, transaction
 from medley.local.embedded import EmbeddedServers
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineStats
 
-
-@pytest.fixture(scope="module")
-def api(module_database: Any, embedded: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with running_api(module_database, embedded.redis_url, tmp_path_factory.mktemp("store").as_uri()) as api:
-        yield api
+LIMITS = Limits()
 
 
 def test_a_service_that_can_serve_says_so_to_anyone(api: Api) -> None:
@@ -92,8 +89,6 @@ def test_a_request_that_is_no_http_does_not_harm_the_next(api: Api) -> None:
 
 
 def test_a_chunked_body_over_a_raw_socket_is_cut_at_the_limit(database: Any, redis_url: str, store_url: str) -> None:
-    from medley.config import Limits
-
     with running_api(database, redis_url, store_url, limits=Limits(max_body_bytes=1000)) as api:
         host, port = api.url.removeprefix("http://").split(":")
         head = (
@@ -194,7 +189,7 @@ def test_a_stop_lets_waiters_answer_at_once(database: Any, redis_url: str, store
         with running_api(database, redis_url, store_url) as api:
             job = api.as_tenant().post("/v1/jobs", json={"prompt": "a"}).json()["id"]
             waiting = pool.submit(httpx.get, f"{api.url}/v1/jobs/{job}?wait=60", headers=api.headers(), timeout=60)
-            poll(lambda: api.num_waiting() == 1)
+            wait_until(lambda: api.num_waiting() == 1)
             started = time.monotonic()
         assert waiting.result(timeout=1).json()["state"] == "queued"
         assert time.monotonic() - started < 8

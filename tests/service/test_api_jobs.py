@@ -9,18 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from api_server import Api, fields_of, running_api
+from api_server import Api, fields_of
 
 from medley.config import Limits
-from medley.local.embedded import EmbeddedServers
 
-
-@pytest.fixture(scope="module")
-def api(module_database: Any, embedded: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    store_url = tmp_path_factory.mktemp("store").as_uri()
-    limits = Limits(max_body_bytes=1 << 20, max_prompt_bytes=1000, max_jobs_per_request=100)
-    with running_api(module_database, embedded.redis_url, store_url, limits=limits) as api:
-        yield api
+LIMITS = Limits(max_body_bytes=1 << 20, max_prompt_bytes=1000, max_jobs_per_request=100)
 
 
 @pytest.fixture(autouse=True)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
 
 import pytest
 import redis
-from api_server import Api, fields_of, poll, running_api
+from api_server import Api, fields_of
+from waiting import wait_until
 
 from medley.config import Limits
 from medley.db import sweeps
-from medley.local.embedded import EmbeddedServers
 
-
-@pytest.fixture(scope="module")
-def api(module_database: Any, embedded: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    store_url = tmp_path_factory.mktemp("store").as_uri()
-    limits = Limits(max_jobs_per_request=1000, max_prompt_bytes=1000)
-    with running_api(module_database, embedded.redis_url, store_url, limits=limits) as api:
-        yield api
+LIMITS = Limits(max_jobs_per_request=1000, max_prompt_bytes=1000)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +65,7 @@ def test_a_sweep_is_prompts_times_adapters_times_seeds_and_the_base_where_asked_
 def test_its_creation_sends_the_expansion_to_the_tasks(api: Api, redis_url: str) -> None:
     declare(api)
     with redis.Redis.from_url(redis_url) as client:
-        poll(lambda: client.llen("tasks") == 1)
+        wait_until(lambda: client.llen("tasks") == 1)
 
 
 def test_the_same_name_again_resumes_the_same_definition_and_refuses_another(api: Api) -> None:

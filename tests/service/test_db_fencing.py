@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -14,13 +12,6 @@ from sqlalchemy.exc import ProgrammingError
 from medley.db import chores, leaders, queue, workers
 from medley.db.connections import tenant_transaction, transaction
 from medley.spec.ids import uuid7
-
-
-@pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
 
 
 def _claim_one(ledger: Ledger, worker: UUID) -> tuple[UUID, int]:

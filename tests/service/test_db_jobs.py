@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -189,13 +189,6 @@ def test_every_history_of_jobs_keeps_states_counts_usage_and_demand_right(module
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-@pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
 
 
 def test_a_claim_takes_the_highest_priority_first_then_the_oldest(ledger: Ledger) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -14,13 +12,6 @@ from sqlalchemy import text
 from medley.db import chores, crashes, queue
 
 NUM_LANES = 20
-
-
-@pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
 
 
 @pytest.fixture

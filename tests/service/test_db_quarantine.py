@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import pytest
 from ledger import Ledger
 
 from medley.db import crashes
 from medley.db.inputs import fetch_inputs
 from medley.spec.ids import uuid7
-
-
-@pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
 
 
 def test_a_death_that_is_noted_twice_counts_once(ledger: Ledger) -> None:

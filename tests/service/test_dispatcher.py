@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +18,7 @@ import pytest
 import redis
 from ledger import Ledger
 from sqlalchemy import Connection, text
+from waiting import wait_until
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
@@ -27,13 +28,6 @@ from medley.db.workers import WorkerState
 from medley.dispatcher.loop import Dispatcher
 from medley.dispatcher.policy import Rules
 from medley.rings import DONE_CHANNEL, Ringer, pool_channel
-
-
-def wait_until(holds: Callable[[], object], *, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 class Clock:

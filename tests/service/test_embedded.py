@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import psycopg
 import pytest
+from waiting import alive, wait_until
 
 from medley.local.datadir import DataDir, DataDirInUse
 from medley.local.embedded import EmbeddedServers
@@ -39,17 +38,6 @@ with EmbeddedServers(DataDir.acquire(Path(sys.argv[1]))) as servers:
     print(servers.pid("postgres"), servers.pid("redis"), servers.data.runtime, flush=True)
     time.sleep(600)
 """
-
-
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.02)
-
-
-def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_clone_of_the_migrated_database_serves_every_role(database: Database) -> None:
@@ -111,7 +99,7 @@ def test_a_killed_holder_leaves_no_process_and_its_data_intact(tmp_path: Path) -
         url = servers.database_url("medley_owner").replace("+psycopg", "")
         with psycopg.connect(url) as connection:
             assert connection.execute("SELECT n FROM kept").fetchall() == [(1,)]
-        _wait(lambda: not _alive(family), "the killed holder's servers to end")
+        wait_until(lambda: not alive(family), "the killed holder's servers to end")
         assert not Path(runtime).exists()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from ledger import Ledger, result
 from sqlalchemy import Connection, text
+from waiting import wait_until
 
 from medley.db import ends
 from medley.rings import Ringer
@@ -22,24 +22,10 @@ from medley_worker.shell.transactions import Transactions
 
 
 @pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def transactions(module_database: Any) -> Iterator[Transactions]:
     made = Transactions(module_database.url("medley_work"), num_threads=1)
     yield made
     made._engine.dispose()
-
-
-def wait_until(holds: Callable[[], object], *, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 def test_a_failure_whose_words_are_refused_is_stored_in_other_words(

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import alive, wait_until
 
 from medley.local.lines import LineLog, LineReader
 
@@ -58,13 +58,6 @@ except ChildFailed as error:
 """
 
 
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.02)
-
-
 class _Run:
     """A supervisor in a process of its own; its log goes to a file."""
 
@@ -84,7 +77,7 @@ class _Run:
         return dict(json.loads(self._pids_path.read_text())) if self._pids_path.exists() else {}
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
-        _wait(lambda: self.log.count(text) >= times, f"{text!r} in the log:\n{self.log}")
+        wait_until(lambda: self.log.count(text) >= times, f"{text!r} in the log:\n{self.log}")
 
 
 @pytest.fixture
@@ -109,7 +102,7 @@ def test_a_crashed_child_is_started_again_and_the_log_says_how_it_ended(
     before = run.pids()
     os.kill(before["second"], signal.SIGKILL)
     run.wait_for_log("hello", 3)
-    _wait(lambda: "second" in run.pids(), "the new process id")
+    wait_until(lambda: "second" in run.pids(), "the new process id")
     assert run.pids()["second"] != before["second"]
     assert run.pids()["first"] == before["first"]
     assert "second ended with signal SIGKILL" in run.log
@@ -142,7 +135,7 @@ def test_a_killed_supervisor_leaves_no_child(supervise: Callable[[str], _Run]) -
     children = [psutil.Process(pid) for pid in run.pids().values()]
     run.process.kill()
     run.process.wait()
-    _wait(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children), "the end of all")
+    wait_until(lambda: not alive(children), "the end of all")
 
 
 def test_a_failed_first_step_ends_the_run_and_its_own_words_are_in_the_log(

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
 from ledger import Ledger
 from sqlalchemy import text
+from waiting import wait_until
 
 from medley.db import batches, crashes, sweeps
 from medley.db.connections import tenant_transaction
@@ -22,20 +22,6 @@ from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.spec.ids import uuid7
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
-
-
-def wait_until(holds: Callable[[], object], *, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def ledger(module_database: Any) -> Iterator[Ledger]:
-    made = Ledger(module_database)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -14,6 +14,7 @@ from uuid import UUID
 import pytest
 import redis
 from kombu.exceptions import EncodeError, OperationalError
+from waiting import wait_until
 
 from medley.celery_app import broker_url, make_celery, worker_queue
 from medley.local.child import Child, Command
@@ -35,13 +36,6 @@ def note(number):
 
 make_worker(app, sys.argv[2], pool="solo").start()
 """
-
-
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.02)
 
 
 class _Consumer:
@@ -107,11 +101,11 @@ def test_a_publisher_waits_no_longer_than_a_second_for_a_frozen_or_dead_redis(
 def test_messages_go_on_after_all_of_redis_was_lost(redis_url: str, consumer: _Consumer) -> None:
     publisher = make_celery(redis_url)
     publisher.send_task("test.note", args=[1], queue=_QUEUE)
-    _wait(lambda: consumer.received() == ["1"], "the first message")
+    wait_until(lambda: consumer.received() == ["1"], "the first message")
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     publisher.send_task("test.note", args=[2], queue=_QUEUE)
-    _wait(lambda: consumer.received() == ["1", "2"], "a message after FLUSHALL")
+    wait_until(lambda: consumer.received() == ["1", "2"], "a message after FLUSHALL")
 
 
 def test_a_consumer_comes_back_after_redis_was_killed(
@@ -119,11 +113,11 @@ def test_a_consumer_comes_back_after_redis_was_killed(
 ) -> None:
     publisher = make_celery(redis_url)
     publisher.send_task("test.note", args=[1], queue=_QUEUE)
-    _wait(lambda: consumer.received() == ["1"], "the first message")
+    wait_until(lambda: consumer.received() == ["1"], "the first message")
     embedded.kill("redis")
     embedded.start_redis()
     publisher.send_task("test.note", args=[2], queue=_QUEUE)
-    _wait(lambda: consumer.received() == ["1", "2"], "a message after the restart")
+    wait_until(lambda: consumer.received() == ["1", "2"], "a message after the restart")
 
 
 def test_nothing_but_json_travels(redis_url: str) -> None:

@@ -5,27 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import psycopg
 import pytest
+from waiting import alive, wait_until
 
 from medley.local.stack import LocalStack
-
-
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.02)
-
-
-def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def _medley(*args: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +52,7 @@ def test_tenants_add_prints_a_key_that_opens_the_api(stack: LocalStack) -> None:
 @pytest.mark.parametrize("name", ["api", "dispatcher", "tasks", "worker.0", "redis", "postgres"])
 def test_a_killed_process_is_replaced_and_the_api_gets_ready_again(stack: LocalStack, name: str) -> None:
     before = stack.kill(name)
-    _wait(lambda: stack.pids().get(name, before) != before, f"another {name}")
+    wait_until(lambda: stack.pids().get(name, before) != before, f"another {name}")
 
     def is_ready() -> bool:
         try:
@@ -71,7 +60,7 @@ def test_a_killed_process_is_replaced_and_the_api_gets_ready_again(stack: LocalS
         except httpx.HTTPError:
             return False  # cut in the middle by the kill
 
-    _wait(is_ready, "readiness")
+    wait_until(is_ready, "readiness")
 
 
 def test_only_the_api_listens_and_only_on_this_machine(stack: LocalStack) -> None:
@@ -87,7 +76,7 @@ def test_killed_it_leaves_no_process_then_goes_on_with_its_data_until_ctrl_c(tmp
     family = psutil.Process(first.supervisor_pid).children(recursive=True)
     assert len(family) >= 6
     first.kill_supervisor()
-    _wait(lambda: not _alive(family), "the end of every process")
+    wait_until(lambda: not alive(family), "the end of every process")
 
     second = LocalStack(tmp_path / "data")
     second.start()
@@ -110,10 +99,10 @@ def _stop_with_ctrl_c(stack: LocalStack) -> None:
         gone.extend(n for n, pid in pids.items() if n not in gone and not psutil.pid_exists(pid))
         return not up.is_running() or up.status() == psutil.STATUS_ZOMBIE
 
-    _wait(note_ends, "the end of medley up", 60)
+    wait_until(note_ends, "the end of medley up", 60)
     note_ends()
     assert stack.stop() == 0
-    assert _alive(family) == []
+    assert alive(family) == []
     assert gone[0] == "worker.0"
     assert gone.index("api") < gone.index("redis")
     assert "has not stopped" not in stack.log_path.read_text()

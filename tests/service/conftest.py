@@ -1,0 +1,33 @@
+"""What the tests of the service share: a database as its processes see it, and the API over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_server import Api, running_api
+from ledger import Ledger
+
+from medley.local.embedded import EmbeddedServers
+
+
+@pytest.fixture
+def ledger(module_database: Any) -> Iterator[Ledger]:
+    """On the database that the tests of one module share."""
+    made = Ledger(module_database)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def api(
+    request: pytest.FixtureRequest,
+    module_database: Any,
+    embedded: EmbeddedServers,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Api]:
+    """The API within the test module's own `LIMITS`."""
+    store_url = tmp_path_factory.mktemp("store").as_uri()
+    with running_api(module_database, embedded.redis_url, store_url, limits=request.module.LIMITS) as api:
+        yield api
