@@ -103,7 +103,7 @@ def _redis() -> Yaml:
 def _service(spec: ProcessSpec, profile: str | None = None) -> Yaml:
     service: Yaml = {
         **_image(spec, profile),
-        "command": ["medley", *spec.args],
+        "command": ["medley", spec.name],
         "environment": _environment(spec, profile),
         "depends_on": {
             name: {"condition": "service_completed_successfully" if name == "migrate" else "service_healthy"}

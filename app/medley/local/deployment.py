@@ -123,7 +123,7 @@ class _Deployment:
     def _unit(self, spec: ProcessSpec, name: str) -> Unit:
         command = Command(
             name=name,
-            argv=(sys.executable, "-m", "medley", *spec.args),
+            argv=(sys.executable, "-m", "medley", spec.name),
             env=self._environ(spec, name),
             pass_fds=(self._listener.fileno(),) if spec.serves_port else (),
         )

@@ -20,14 +20,13 @@ class Health(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
-    """One kind of process. `args` follow `medley` on its command line."""
+    """One kind of process; `medley <name>` starts it. What is not said is as for most."""
 
     name: str
-    args: tuple[str, ...]
-    role: str  # of the database
-    after: tuple[str, ...]  # servers and processes that must be well before it starts
-    health: Health
-    image: str  # "app" has no torch; "worker" has
+    role: str = "medley_work"  # of the database
+    after: tuple[str, ...] = ("migrate", "redis")  # servers and processes that must be well before it starts
+    health: Health = Health.BEAT
+    image: str = "app"  # has no torch; "worker" has
     stop_stage: int = 0  # lower stages stop first, each wholly before the next
     stop_grace_s: float = 10.0
     is_replicated: bool = False  # `--workers N`
@@ -38,48 +37,12 @@ class ProcessSpec:
 SERVERS = ("postgres", "redis")
 
 PROCESSES = (
-    ProcessSpec(
-        name="migrate",
-        args=("migrate",),
-        role="medley_owner",
-        after=("postgres",),
-        health=Health.EXIT,
-        image="app",
-    ),
-    ProcessSpec(
-        name="api",
-        args=("api",),
-        role="medley_api",
-        after=("migrate", "redis"),
-        health=Health.HTTP,
-        image="app",
-        stop_stage=2,
-        serves_port=True,
-    ),
-    ProcessSpec(
-        name="dispatcher",
-        args=("dispatcher",),
-        role="medley_work",
-        after=("migrate", "redis"),
-        health=Health.BEAT,
-        image="app",
-        stop_stage=1,
-    ),
-    ProcessSpec(
-        name="tasks",
-        args=("tasks",),
-        role="medley_work",
-        after=("migrate", "redis"),
-        health=Health.BEAT,
-        image="app",
-        stop_stage=1,
-    ),
+    ProcessSpec(name="migrate", role="medley_owner", after=("postgres",), health=Health.EXIT),
+    ProcessSpec(name="api", role="medley_api", health=Health.HTTP, stop_stage=2, serves_port=True),
+    ProcessSpec(name="dispatcher", stop_stage=1),
+    ProcessSpec(name="tasks", stop_stage=1),
     ProcessSpec(
         name="worker",
-        args=("worker",),
-        role="medley_work",
-        after=("migrate", "redis"),
-        health=Health.BEAT,
         image="worker",
         # First: while it drains, its jobs go back to the queue, which all others serve.
         stop_stage=0,
