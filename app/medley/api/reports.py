@@ -14,32 +14,14 @@ from medley.api.shapes import Batch, answer, sweep_of
 from medley.api.sweeps import with_sweep
 from medley.db.batches import read_batch
 from medley.db.sweeps import report
-from medley.spec.statistics import wilson
+from medley.spec.statistics import ReportColumn, wilson
 
 router = APIRouter(prefix="/v1/sweeps")
 
 
-class Column(msgspec.Struct, kw_only=True):
-    """One adapter (null: the base). The base's figures are over this adapter's own prompts."""
-
-    adapter: str | None
-    ended: int
-    succeeded: int
-    unsuccessful: int
-    scored: int
-    correct: int
-    accuracy: float | None
-    low: float | None
-    high: float | None
-    base_scored: int
-    base_correct: int
-    base_accuracy: float | None
-    completion_tokens: int
-
-
 class Report(msgspec.Struct):
     sweep: Batch
-    columns: list[Column]
+    columns: list[ReportColumn]
 
 
 @router.get("/{sweep_id}/report")
@@ -60,7 +42,7 @@ def _report(conn: Connection, sweep: UUID) -> Report:
         base_correct = sum(base.get(key, (0, 0))[1] for key in keys)
         low, high = wilson(row.num_correct, row.num_scored) if row.num_scored else (None, None)
         columns.append(
-            Column(
+            ReportColumn(
                 adapter=row.adapter,
                 ended=row.num_ended,
                 succeeded=row.num_succeeded,

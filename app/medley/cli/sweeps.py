@@ -11,7 +11,8 @@ import msgspec
 
 from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
-from medley.client.types import ReportColumn, SweepReport
+from medley.client.types import SweepReport
+from medley.spec.statistics import ReportColumn
 
 HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
 

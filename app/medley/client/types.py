@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from medley.spec.statistics import ReportColumn
+
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
@@ -131,27 +133,6 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     num_revisions: int = 1
     created_at: datetime | None = None
-
-
-class ReportColumn(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter of a sweep (None: the base): exact matches over scored prompts, with a 95 % Wilson interval.
-
-    The base's figures beside an adapter are over that adapter's own prompts.
-    """
-
-    adapter: str | None
-    ended: int
-    succeeded: int
-    unsuccessful: int
-    scored: int
-    correct: int
-    accuracy: float | None
-    low: float | None
-    high: float | None
-    base_scored: int
-    base_correct: int
-    base_accuracy: float | None
-    completion_tokens: int
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,10 +1,33 @@
-"""The interval of a share: the arithmetic of a sweep's report, and of notebooks that score results at home."""
+"""A column of a sweep's report, and the interval of a share: for service, client and whoever scores results at home."""
 
 from __future__ import annotations
 
 import math
 
+import msgspec
+
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % point: two sides, 95 % between them
+
+
+class ReportColumn(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter of a sweep (None: the base): exact matches over scored prompts, with a 95 % Wilson interval.
+
+    The base's figures beside an adapter are over that adapter's own prompts.
+    """
+
+    adapter: str | None
+    ended: int
+    succeeded: int
+    unsuccessful: int
+    scored: int
+    correct: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    base_scored: int
+    base_correct: int
+    base_accuracy: float | None
+    completion_tokens: int
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
