@@ -1,6 +1,7 @@
 """`lora-path.json`: the LoRA sites of one decode step of the 7B shape alone, in one CUDA graph.
 
-floor_ms: the weight bytes of each adapter, read once, at the bandwidth of `floors`. Rows are shuffled.
+floor_ms: the weight bytes of each adapter, read once, at the bandwidth of `floors`. Rows of an adapter lie side by
+side, as the scheduler orders them.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main(run: Run) -> None:
             return
         ranks = ranks_of(rank, batch, popularity)
         try:
-            work = sites.upload(ranks, adapter_rows(batch, popularity))
+            work = sites.upload(ranks, sorted(adapter_rows(batch, popularity)))
         except TilesShort as short:
             say(f"left out: rank {rank}, batch {batch}, {popularity}: {short}")
             continue

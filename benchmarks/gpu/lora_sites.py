@@ -8,20 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from benchmarks.gpu.shapes import adapter_weight_bytes
 from medley.spec.base_models import BaseModel
 from medley_worker.ops.lora_stage import SITES, TILE_RANKS, AdapterTiles
-from medley_worker.ops.sgmv import SgmvLora, fragment_layout, sgmv_apply
+from medley_worker.ops.sgmv import SgmvBatch, SgmvLora, sgmv_apply
+from medley_worker.ops.sgmv_layout import fragment_layout, random_tiles
 
-MAX_RANK = 128
 WEIGHT_STD = 0.02
 SCALE = 2.0**-10  # so small that the values, added to again and again, stay finite over thousands of replays
 RESERVE_BYTES = 6 << 30  # activations, the buffer that empties the L2, the context
-FILL_TILES = 64  # filled at once
 
 
 class TilesShort(Exception):
@@ -37,10 +35,7 @@ class LoraSites:
         tile_bytes = self.layout.tile_elements * 2
         free, _ = torch.cuda.mem_get_info()
         self.num_tiles = min(num_tiles, (free - RESERVE_BYTES) // tile_bytes - 1)
-        pool = torch.empty((self.num_tiles + 1, self.layout.tile_elements), dtype=torch.bfloat16, device="cuda")
-        for start in range(0, self.num_tiles, FILL_TILES):
-            pool[start : start + FILL_TILES].normal_(std=WEIGHT_STD)
-        pool[-1] = 0
+        pool = random_tiles(self.layout, self.num_tiles + 1, torch.bfloat16, "cuda", WEIGHT_STD)
         self.lora = SgmvLora(self.layout, pool, max_tokens, max_adapters)
         self._scales = torch.full((model.num_layers, len(SITES)), SCALE, device="cuda")
         self._load_ids = itertools.count()
@@ -68,12 +63,14 @@ class LoraSites:
             found.append(AdapterTiles(next(self._load_ids), dealt, self._scales))
         return found
 
-    def upload(self, ranks: Sequence[int], rows: Sequence[int]) -> Any:
+    def upload(self, ranks: Sequence[int], rows: Sequence[int]) -> SgmvBatch:
         """The work list of one decode row for each entry of `rows`, which indexes `ranks`; all graphs read it."""
         adapters = self.adapters(ranks)
-        return self.lora.batch([adapters[row] for row in rows], [1] * len(rows))
+        batch = self.lora.batch([adapters[row] for row in rows], [1] * len(rows))
+        assert batch is not None, "every row has an adapter"
+        return batch
 
-    def step(self, num_rows: int, batch: Any) -> None:
+    def step(self, num_rows: int, batch: SgmvBatch) -> None:
         """All sites of a decode step in the model's order, each reading what the one before it wrote."""
         hidden, inner = self.model.hidden_size, self.model.intermediate_size
         q_out = self.model.num_heads * self.model.head_dim

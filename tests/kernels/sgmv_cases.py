@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
 from medley_worker.ops.lora_stage import SITES, TILE_RANKS, AdapterTiles, GroupShape
+from medley_worker.ops.sgmv import SgmvBatch, SgmvLora, sgmv_apply
+from medley_worker.ops.sgmv_layout import fragment_layout
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 # Half the distance of 1 to the next number: what rounding the exact result may cost at the most.
@@ -76,11 +77,7 @@ class Adapters:
         max_adapters: int | None = None,
         seed: int = 0,
     ) -> None:
-        # Not at the top: this file is imported where there is no compiler for the device.
-        from medley_worker.ops import sgmv
-
-        self.sgmv = sgmv
-        self.layout = sgmv.fragment_layout(model)
+        self.layout = fragment_layout(model)
         self.dtype = dtype
         self.ranks = [dict.fromkeys(SITES, r) if isinstance(r, int) else dict(r) for r in ranks]
         self._generator = torch.Generator().manual_seed(seed)
@@ -99,14 +96,15 @@ class Adapters:
                 self._pack(host, dealt, layer, site, pair)
             self.tiles.append(AdapterTiles(load_id, dealt, scales.cuda()))
         self.pool = host.cuda()
-        self.lora = sgmv.SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks))
+        self.lora = SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks))
 
-    def batch(self, spans: Sequence[Span]) -> Any:
+    def batch(self, spans: Sequence[Span]) -> SgmvBatch | None:
         """The SgmvBatch of a step of these sequences, in this order; None where none has an adapter."""
         return self.lora.batch([None if a is None else self.tiles[a] for a, _ in spans], [n for _, n in spans])
 
-    def apply(self, y: Tensor, x: Tensor, group: str, layer: int, batch: Any) -> None:
-        self.sgmv.sgmv_apply(y, x, group, layer, batch)
+    def apply(self, y: Tensor, x: Tensor, group: str, layer: int, batch: SgmvBatch | None) -> None:
+        assert batch is not None, "no row of the step has an adapter"
+        sgmv_apply(y, x, group, layer, batch)
 
     def run(self, spans: Sequence[Span], y: Tensor, x: Tensor, group: str, layer: int) -> Tensor:
         """y after one apply; y itself stays as it is. y: [T, sum out], x: [T, in]."""

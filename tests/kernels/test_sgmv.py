@@ -11,6 +11,9 @@ import torch
 from benchmarks.gpu.workloads import POPULARITIES, adapter_rows
 from sgmv_cases import GROUPS, Adapters, Ranks, Span, assert_bits, base_model, base_rows, span_rows
 
+from medley_worker.ops.kernels import KernelError
+from medley_worker.ops.sgmv import SgmvBatch, SgmvLora
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -76,7 +79,7 @@ def test_the_widths_of_a_7b_model(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", [1, 7, 32, 64, 256])
 @pytest.mark.parametrize("popularity", POPULARITIES)
 def test_popularities_of_the_workloads(popularity: str, batch: int) -> None:
-    rows = adapter_rows(batch, popularity, seed=1)
+    rows = sorted(adapter_rows(batch, popularity, seed=1))  # as a step has them: the rows of an adapter side by side
     ranks = [(8, 16, 32, 64)[i % 4] for i in range(max(rows) + 1)]
     Adapters(SMALL, ranks, torch.bfloat16).check(decode(rows))
 
@@ -173,7 +176,7 @@ class Captured:
             self._apply(batch)
         torch.cuda.synchronize()
 
-    def _apply(self, batch: Any) -> None:
+    def _apply(self, batch: SgmvBatch | None) -> None:
         for group, layer in self.sites:
             self.adapters.apply(self.y[group, layer], self.x[group, layer], group, layer, batch)
 
@@ -327,7 +330,7 @@ def test_wrong_arguments_are_refused_by_name(mixed: Adapters, what: str) -> None
     y, x = mixed.inputs("qkv", len(spans))
     batch = mixed.batch(spans)
     right: Arguments = {"y": y, "x": x, "group": "qkv", "layer": 0}
-    with pytest.raises(ValueError, match=rf"\b{name}\b.*got .*wanted "):
+    with pytest.raises((ValueError, KernelError), match=rf"\b{name}\b.*got .*wanted "):
         mixed.apply(batch=batch, **change(right))
     # And what is right goes on.
     mixed.apply(batch=batch, **right)
@@ -355,4 +358,4 @@ def test_more_adapters_than_there_is_room_for_are_refused() -> None:
 )
 def test_a_wrong_pool_is_refused(mixed: Adapters, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"\bpool\b.*got .*wanted "):
-        mixed.sgmv.SgmvLora(mixed.layout, change(mixed.pool), 16, 4)
+        SgmvLora(mixed.layout, change(mixed.pool), 16, 4)
