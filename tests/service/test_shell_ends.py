@@ -77,6 +77,20 @@ def test_a_job_that_kills_its_engine_is_found_by_halves_and_the_others_finish(si
     assert [row.state for row in site.run(shell, {"prompt": "the next one"})] == ["succeeded"]
 
 
+def test_a_broken_machine_gives_its_jobs_back_as_innocent_and_leaves_saying_why(site: Site) -> None:
+    broken = site.start_shell(MEDLEY_ENGINE_FAILPOINT="die_on_step=always")
+    batch = site.submit({"prompt": "alone"})  # each death would be this job's alone
+    site.ring(broken, site.claim(broken))
+    assert broken.wait() == 3, broken.log()
+    assert "without any job" in broken.log()
+    assert [row.state for row in site.workers()] == ["gone"]
+    assert [(job.state, job.crashes, job.step_limit) for job in site.jobs(batch)] == [("queued", 0, None)]
+
+    whole = site.start_shell()
+    site.claim(whole)
+    assert [row.state for row in site.wait_results(batch, 1)] == ["succeeded"]
+
+
 def test_a_worker_whose_engine_cannot_start_leaves_and_says_why(site: Site, model: Path) -> None:
     config = model / "config.json"
     whole = config.read_text()

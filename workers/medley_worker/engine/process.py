@@ -63,15 +63,20 @@ log = structlog.get_logger()
 
 
 class Failpoint:
-    """`die_on_token=<id>`: die in the step that first holds a job with this token in its prompt. For fault tests."""
+    """For fault tests. `die_on_token=<id>`: die in the step that first holds a job with this token in its prompt;
+    `die_on_step=always`: die in the first step, whatever it holds.
+    """
 
     def __init__(self, text: str | None) -> None:
+        self._is_fatal = text == "die_on_step=always"
         self._token_id: int | None = None
         self._doomed: set[RequestId] = set()
-        if text is not None:
+        if text is not None and not self._is_fatal:
             name, _, value = text.partition("=")
             if name != "die_on_token" or not value.isdecimal():
-                raise ValueError(f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id>")
+                raise ValueError(
+                    f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id> or die_on_step=always"
+                )
             self._token_id = int(value)
 
     def see(self, item: WorkItem) -> None:
@@ -79,7 +84,7 @@ class Failpoint:
             self._doomed.add(item.key)
 
     def entering(self, request_ids: Iterable[RequestId]) -> None:
-        if not self._doomed.isdisjoint(request_ids):
+        if self._is_fatal or not self._doomed.isdisjoint(request_ids):
             os._exit(_CRASHED)
 
 

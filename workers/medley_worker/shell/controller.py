@@ -2,6 +2,9 @@
 
 Owns the engine process and the worker's state; one thread, level-triggered: whoever changes something wakes it, it
 looks at how things stand. Knows no text and no SQL beyond `record_crash` and `leave`.
+
+An engine's death is held against the jobs in its step only once the next engine has answered a canary: where that
+dies or fails too, the machine or the model is at fault, and the worker leaves without a word against its jobs.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 from medley.spec.wire import EngineConfig, Finished, FromEngine, JobKey, Ready, Release
+from medley_worker.shell.canary import Canary
 from medley_worker.shell.engine_link import EngineLink
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
@@ -42,7 +46,7 @@ log = structlog.get_logger()
 
 
 class EngineUseless(Exception):
-    """Engines die one after another without having run anything: the model or the machine is at fault."""
+    """Engines die without having run anything, or cannot run the base model: the model or the machine is at fault."""
 
 
 class Controller:
@@ -75,6 +79,8 @@ class Controller:
         self._is_stopping = False
         self._link: EngineLink | None = None
         self._ready: Ready | None = None
+        self._canary: Canary | None = None  # of the present engine, until it is proven
+        self._suspects: list[JobKey] = []  # of a death that is not held against them yet
         self._deaths = Deaths()
         self._start_at_s = 0.0  # monotonic: not before
 
@@ -132,7 +138,7 @@ class Controller:
         elif link is None:
             if time.monotonic() >= self._start_at_s:
                 self._start()
-        elif self._ready is not None and self._report.state is WorkerState.WAKING:
+        elif self._ready is not None and self._report.state is WorkerState.WAKING and self._is_proven(link):
             self._open(link, self._ready)
 
     def _wait_s(self) -> float:
@@ -145,6 +151,7 @@ class Controller:
 
     def _start(self) -> None:
         self._ready = None
+        self._canary = Canary() if self._suspects else None
         self._link = EngineLink(self._config, on_messages=self._hear, on_end=self._wake.set)
         log.info("engine.started", worker=self._worker.hex, pid=self._link.pid)
         self._stand(WorkerState.WAKING)
@@ -157,7 +164,26 @@ class Controller:
                 self._wake.set()
             elif isinstance(message, Finished):
                 self._deaths.worked()
+                if self._canary is not None and self._canary.hear(message):
+                    self._wake.set()
         self._outcomes.take(messages)
+
+    def _is_proven(self, link: EngineLink) -> bool:
+        """Whether the loaded engine may have jobs. Raises EngineUseless where it cannot even run the base model."""
+        canary = self._canary
+        if canary is None:
+            return True
+        if not canary.is_sent:
+            canary.is_sent = True
+            link.add([canary.item])
+        if not canary.is_answered:
+            return False
+        if canary.fault is not None:
+            raise EngineUseless(f"after a death the base model fails without any job: {canary.fault}")
+        self._canary = None
+        suspects, self._suspects = self._suspects, []
+        self._quarantine(suspects)
+        return True
 
     def _open(self, link: EngineLink, ready: Ready) -> None:
         log.info("engine.loaded", worker=self._worker.hex, pid=link.pid, load_s=round(ready.load_s, 2))
@@ -182,28 +208,32 @@ class Controller:
             else:
                 link.stop(STOP_S)
                 self._forget_engine()
+        self._suspects = []  # they go back as innocent: nothing has shown that the engine was not at fault
         self._results.give_back_waiting()
         if not self._held.wait_empty(FLUSH_S):
             log.warning("worker.unflushed", worker=self._worker.hex, num_jobs=len(self._held))
 
     def _forget_engine(self, *, is_death: bool = False) -> list[JobKey]:
         self._feed.close()
-        self._link = self._ready = None
+        self._link = self._ready = self._canary = None
         self._report.engine_ended()
         return self._held.put_back(is_death=is_death)
 
     def _bury(self, link: EngineLink) -> None:
-        """An engine has died: find the suspects, end those that are quarantined, let the others run again."""
+        """An engine has died: find the suspects; the next engine's canary decides whether they are held to it."""
+        was_proving = self._canary is not None and self._canary.is_sent
         suspects = self._forget_engine(is_death=True)
         log.error("engine.died", worker=self._worker.hex, pid=link.pid, num_suspects=len(suspects))
+        if was_proving:
+            raise EngineUseless("after a death the base model ends the next engine too, without any job")
+        self._suspects = suspects or self._suspects
         wait_s = self._deaths.died(len(suspects))
-        if suspects:
-            self._quarantine(suspects)
         if wait_s is None:
             raise EngineUseless("engines end one after another before they run a job; their own lines say why")
         self._start_at_s = time.monotonic() + wait_s
 
     def _quarantine(self, suspects: list[JobKey]) -> None:
+        """Hold a death against its suspects, and end those that are quarantined for it."""
         death = uuid7()  # the note may be repeated and counts once
 
         def record(conn: Connection) -> tuple[set[UUID], set[UUID]]:
