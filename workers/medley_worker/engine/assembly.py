@@ -21,7 +21,7 @@ from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sequences import Sequence
 from medley_worker.engine.sizing import CPU_KV_BYTES, EngineSizes, size_engine
 from medley_worker.models import Decoder, KVCache, load_model
-from medley_worker.models.kv import PAGE_SIZE
+from medley_worker.models.kv import kv_page_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the free device memory; the rest is for activations.
@@ -69,6 +69,7 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         model = decoder.config
     num_tiles = tiles_for(model, dtype=dtype, adapter_slots=config.adapter_slots, adapter_bytes=config.adapter_bytes)
     cache = AdapterCache(model, num_tiles=num_tiles, dtype=dtype, device=config.device)
+    page_size = kv_page_size(config.device)
     sizes = size_engine(
         config,
         model,
@@ -77,8 +78,9 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             dtype=dtype,
+            page_size=page_size,
         ),
-        page_size=PAGE_SIZE,
+        page_size=page_size,
         free_bytes=_free_bytes(config.device),
     )
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from medley_worker.ops.attention import AttentionPlan, plan_attention
 from medley_worker.ops.lora import LoraBatch
+from medley_worker.ops.paged import PagedPlan
 
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's rows: decode rows (one token each) first, then prefill chunks. Build it with `build_batch`."""
+    """One step's rows: decode rows (one token each) first, then prefill chunks. `build_batch` makes it for CPU."""
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, on CUDA int32
     num_decode_rows: int
-    logit_rows: Tensor  # [R] int64, the token rows whose logits are wanted
-    attention: AttentionPlan
-    lora: LoraBatch | None
+    logit_rows: Tensor | None  # [R] int, the token rows whose logits are wanted; None: all
+    attention: AttentionPlan | PagedPlan
+    lora: object | None  # the backend's own: LoraBatch on CPU, SgmvBatch on CUDA
 
 
 def build_batch(

@@ -9,22 +9,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from medley.spec.base_models import BaseModel
 from medley_worker.models.batch import ForwardBatch
-from medley_worker.models.kv import PAGE_SIZE, KVCache
-from medley_worker.ops.activation import silu_mul
-from medley_worker.ops.attention import append_kv, paged_attention
-from medley_worker.ops.linear import linear
-from medley_worker.ops.lora import lora_apply
-from medley_worker.ops.norms import rms_norm
-from medley_worker.ops.rope import apply_rope, rope_angles, rope_frequencies
+from medley_worker.models.kv import KVCache, kv_page_size
+from medley_worker.ops.backend import new_backend
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer, in the model's dtype; linear weights are [in, out]. D: head size, n: query and key heads."""
+    """One layer, in the model's dtype. D: head size, n: query and key heads.
+
+    Linear weights are [in, out]; on CUDA these are views of [out, in] memory, which cuBLAS reads as fast.
+    """
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [H, (Hq + 2 Hkv) D]
@@ -51,10 +48,10 @@ class Decoder:
         self.config = config
         self._weights = weights
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
-        self._frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(self.device)
+        self._ops = new_backend(config, self.dtype, self.device)
 
-    def new_kv_cache(self, num_pages: int, page_size: int = PAGE_SIZE) -> KVCache:
-        """An empty cache of this model's shape, dtype and device."""
+    def new_kv_cache(self, num_pages: int, page_size: int | None = None) -> KVCache:
+        """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own."""
         return KVCache(
             num_layers=self.config.num_layers,
             num_pages=num_pages,
@@ -62,48 +59,54 @@ class Decoder:
             head_dim=self.config.head_dim,
             dtype=self.dtype,
             device=self.device,
-            page_size=page_size,
+            page_size=kv_page_size(self.device) if page_size is None else page_size,
         )
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Logits [R, V] float32 of `batch.logit_rows`. Writes the new tokens' keys and values into `kv`."""
+    def forward(self, batch: ForwardBatch, kv: KVCache, out: Tensor | None = None) -> Tensor:
+        """Logits [R, V] float32 of `batch.logit_rows`. Writes the new tokens' keys and values into `kv`.
+
+        out: [R, V] float32, written and returned where given.
+        """
         if batch.attention.fresh_pages is not None:
             kv.clear(batch.attention.fresh_pages)
-        cos, sin = rope_angles(batch.positions, self._frequencies, self.dtype)
-        x = F.embedding(batch.token_ids, self._weights.embedding)  # [T, H]
-        eps = self.config.rms_norm_eps
-        for index, layer in enumerate(self._weights.layers):
-            x = x + self._attention(rms_norm(x, layer.input_norm, eps), index, layer, batch, kv, cos, sin)
-            x += self._mlp(rms_norm(x, layer.post_norm, eps), index, layer, batch)
-        x = rms_norm(x.index_select(0, batch.logit_rows), self._weights.final_norm, eps)
-        return linear(x, self._weights.lm_head).to(torch.float32)
+        ops, weights = self._ops, self._weights
+        rope = ops.rope(batch.positions)
+        residual = ops.embed(batch.token_ids, weights.embedding)  # [T, H]
+        x = ops.rms_norm(residual, weights.layers[0].input_norm)
+        for index, layer in enumerate(weights.layers):
+            if index > 0:
+                x = ops.add_rms_norm(x, residual, layer.input_norm)
+            x = self._attention(x, index, layer, batch, kv, rope)
+            x = ops.add_rms_norm(x, residual, layer.post_norm)
+            x = self._mlp(x, index, layer, batch)
+        if batch.logit_rows is not None:
+            if len(batch.logit_rows) == 0:
+                return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+            x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
+        x = ops.add_rms_norm(x, residual, weights.final_norm)
+        logits = ops.linear(x, weights.lm_head)
+        return logits.to(torch.float32) if out is None else out.copy_(logits)
 
     def _attention(
-        self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch, kv: KVCache, cos: Tensor, sin: Tensor
+        self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch, kv: KVCache, rope: tuple[Tensor, ...]
     ) -> Tensor:
         """Attention of layer `index` with its projections. x: [T, H]. Returns [T, H]."""
-        config = self.config
-        qkv = linear(x, layer.qkv, layer.qkv_bias)
-        lora_apply(qkv, x, "qkv", index, batch.lora)
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, config.head_dim)
-        qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
-        if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, config.rms_norm_eps)
-        qk = apply_rope(qk, cos, sin)
-        q, k = qk[:, :num_heads].contiguous(), qk[:, num_heads:]
-        append_kv(k, v, kv.k[index], kv.v[index], batch.attention)
-        y = paged_attention(q, kv.k[index], kv.v[index], batch.attention, config.layer_windows[index])
-        out = linear(y, layer.o)
-        lora_apply(out, y, "o", index, batch.lora)
+        ops = self._ops
+        qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
+        ops.lora_apply(qkv, x, "qkv", index, batch.lora)
+        cache, window = (kv.k[index], kv.v[index]), self.config.layer_windows[index]
+        y = ops.attention(qkv, layer.qk_norm, rope, cache, batch.attention, window)
+        out = ops.linear(y, layer.o)
+        ops.lora_apply(out, y, "o", index, batch.lora)
         return out
 
     def _mlp(self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch) -> Tensor:
         """The gated MLP of layer `index`. x: [T, H]. Returns [T, H]."""
-        gate_up = linear(x, layer.gate_up)
-        lora_apply(gate_up, x, "gate_up", index, batch.lora)
-        inner = silu_mul(gate_up)
-        out = linear(inner, layer.down)
-        lora_apply(out, inner, "down", index, batch.lora)
+        ops = self._ops
+        gate_up = ops.linear(x, layer.gate_up)
+        ops.lora_apply(gate_up, x, "gate_up", index, batch.lora)
+        inner = ops.silu_mul(gate_up)
+        out = ops.linear(inner, layer.down)
+        ops.lora_apply(out, inner, "down", index, batch.lora)
         return out

@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PAGE_SIZE = 32  # tokens a page; on CPU a page is one item of a batched product, so small pages cost calls
+# Tokens a page. On CPU a page is one item of a batched product, so small pages cost calls.
+CPU_PAGE_SIZE = 32
+CUDA_PAGE_SIZE = 16
+
+
+def kv_page_size(device: torch.device | str) -> int:
+    """Tokens a page where nobody says."""
+    return CUDA_PAGE_SIZE if torch.device(device).type == "cuda" else CPU_PAGE_SIZE
 
 
 class KVCache:
-    """Keys and values of all layers in fixed pages.
+    """Keys and values of all layers in fixed pages, in `dtype`; laid out as the device's attention reads them.
 
-    k: per layer [num_pages, Hkv, D, P], v: per layer [num_pages, Hkv, P, D], in `dtype`. With the heads outermost,
+    CPU: k per layer [num_pages, Hkv, D, P], v per layer [num_pages, Hkv, P, D]. With the heads outermost,
     (page, head) is one axis with one stride, so attention reads the cache without copying it; keys are stored
     transposed because products want their right side row-major.
+
+    CUDA: k and v per layer [num_pages + 1, P, Hkv, D], the two halves of [num_pages + 1, 2, P, Hkv, D]. The last
+    page is `spare_page`: nobody owns it, and padded rows write there.
     """
 
     def __init__(
@@ -25,13 +35,18 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        page_size: int = PAGE_SIZE,
+        page_size: int,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        pages = (num_layers, num_pages, num_kv_heads)
-        self._k = torch.zeros((*pages, head_dim, page_size), dtype=dtype, device=device)
-        self._v = torch.zeros((*pages, page_size, head_dim), dtype=dtype, device=device)
+        self.spare_page = num_pages
+        if torch.device(device).type == "cuda":
+            shape = (num_layers, num_pages + 1, 2, page_size, num_kv_heads, head_dim)
+            self._k, self._v = torch.zeros(shape, dtype=dtype, device=device).unbind(2)
+        else:
+            pages = (num_layers, num_pages, num_kv_heads)
+            self._k = torch.zeros((*pages, head_dim, page_size), dtype=dtype, device=device)
+            self._v = torch.zeros((*pages, page_size, head_dim), dtype=dtype, device=device)
         self.k: tuple[Tensor, ...] = tuple(self._k.unbind(0))
         self.v: tuple[Tensor, ...] = tuple(self._v.unbind(0))
 
@@ -44,8 +59,6 @@ class KVCache:
         self._v.index_fill_(1, pages, 0)
 
     @staticmethod
-    def page_bytes(
-        *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE
-    ) -> int:
+    def page_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int) -> int:
         """Bytes that one page takes over all layers, keys and values."""
         return 2 * num_layers * num_kv_heads * page_size * head_dim * dtype.itemsize

@@ -6,7 +6,6 @@ gives; all that is wrong is reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,8 +20,6 @@ from medley_worker.models.decoder import Decoder, DecoderWeights, LayerWeights
 LOAD_FORMATS = ("safetensors", "random")
 RANDOM_STD = 0.02  # transformers' own initializer_range
 MAX_FAULTS_SHOWN = 20
-
-Take = Callable[[str], Tensor]
 
 
 def load_model(
@@ -42,11 +39,13 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}, wanted one of {', '.join(LOAD_FORMATS)}")
     config = read_base_model(model_dir, need_weights=load_format == "safetensors")
+    device = torch.device(device)
+    places = _Places(config, dtype, device)
     if load_format == "random":
-        tensors = _random_tensors(config, dtype, device, seed)
+        _fill_randomly(places, config, seed)
     else:
-        tensors = _read_tensors(model_dir, config, dtype)
-    return Decoder(config, _pack(config, tensors, device))
+        _read_into(places, model_dir, config)
+    return Decoder(config, places.pack())
 
 
 def tensor_shapes(config: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -70,9 +69,77 @@ def tensor_shapes(config: BaseModel) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_tensors(model_dir: Path, config: BaseModel, dtype: torch.dtype) -> dict[str, Tensor]:
+class _Places:
+    """Where each tensor of a model goes: one tensor a group of weights, known by its first, and views into it by name.
+
+    So a weight is written once, where it stays: packing copies nothing on CUDA, and a layer at a time on CPU.
+    """
+
+    def __init__(self, config: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        self._by_name: dict[str, Tensor] = {}
+        self._groups: dict[str, Tensor] = {}  # by the name of the group's first tensor
+        shapes = tensor_shapes(config)
+        for names in _groups(config):
+            rows = [shapes[name][0] for name in names]
+            group = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
+            self._groups[names[0]] = group
+            self._by_name |= dict(zip(names, torch.split(group, rows), strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Where the tensor `name` is to be written."""
+        return self._by_name[name]
+
+    def pack(self) -> DecoderWeights:
+        """The weights, once all are written. Called once: it gives them away."""
+        self._by_name.clear()
+        layers = tuple(self._pack_layer(f"model.layers.{layer}") for layer in range(self._config.num_layers))
+        embedding = self._groups.pop("model.embed_tokens.weight")
+        head = embedding if self._config.tie_word_embeddings else self._groups.pop("lm_head.weight")
+        return DecoderWeights(embedding, layers, self._groups.pop("model.norm.weight"), _transposed(head))
+
+    def _pack_layer(self, at: str) -> LayerWeights:
+        config, take = self._config, self._groups.pop
+        qk_norm: Tensor | None = None
+        if config.qk_norm:
+            q_norm, k_norm = take(f"{at}.self_attn.q_norm.weight"), take(f"{at}.self_attn.k_norm.weight")
+            qk_norm = torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)))
+        return LayerWeights(
+            input_norm=take(f"{at}.input_layernorm.weight"),
+            qkv=_transposed(take(f"{at}.self_attn.q_proj.weight")),
+            qkv_bias=take(f"{at}.self_attn.q_proj.bias") if config.qkv_bias else None,
+            qk_norm=qk_norm,
+            o=_transposed(take(f"{at}.self_attn.o_proj.weight")),
+            post_norm=take(f"{at}.post_attention_layernorm.weight"),
+            gate_up=_transposed(take(f"{at}.mlp.gate_proj.weight")),
+            down=_transposed(take(f"{at}.mlp.down_proj.weight")),
+        )
+
+
+def _groups(config: BaseModel) -> list[list[str]]:
+    """Names of the tensors that lie side by side in one piece of memory, for each piece."""
+    names = tensor_shapes(config)
+    paths: dict[str, list[str]] = {}
+    for site in linear_sites(config):
+        paths.setdefault(site.group, []).append(site.path)
+    groups: list[list[str]] = []
+    for layer in range(config.num_layers):
+        for members in paths.values():
+            for kind in ("weight", "bias"):
+                groups.append([f"model.layers.{layer}.{path}.{kind}" for path in members])
+    together = [group for group in groups if group[0] in names]
+    grouped = {name for group in together for name in group}
+    return together + [[name] for name in names if name not in grouped]
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """[in, out] of a weight [out, in]: a view on CUDA, row-major memory on CPU (`ops.linear` says why)."""
+    return weight.t() if weight.device.type == "cuda" else weight.t().contiguous()
+
+
+def _read_into(places: _Places, model_dir: Path, config: BaseModel) -> None:
     shapes = tensor_shapes(config)
-    found: dict[str, Tensor] = {}
+    found: set[str] = set()
     faults: list[Fault] = []
 
     def refuse(field: str, got: str, wanted: str) -> None:
@@ -97,14 +164,14 @@ def _read_tensors(model_dir: Path, config: BaseModel, dtype: torch.dtype) -> dic
                     elif kind not in FLOAT_DTYPES:
                         refuse(f"{file}: {name}", f"dtype {kind}", " or ".join(FLOAT_DTYPES))
                     else:
-                        found[name] = weights.get_tensor(name).to(dtype)
+                        found.add(name)
+                        places[name].copy_(weights.get_tensor(name))  # one tensor of the mapped file on the host
         except (SafetensorError, OSError) as error:
             refuse(file, str(error)[:200], "a readable safetensors file")
-    for name in shapes.keys() - found.keys():
+    for name in shapes.keys() - found:
         refuse(name, "no such tensor", f"shape {shapes[name]}")
     if faults:
         raise UnsupportedModel(model_dir, faults[:MAX_FAULTS_SHOWN])
-    return found
 
 
 def _is_ignored(name: str, config: BaseModel) -> bool:
@@ -113,54 +180,16 @@ def _is_ignored(name: str, config: BaseModel) -> bool:
     return is_tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def _random_tensors(config: BaseModel, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator(device=device).manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for name, shape in tensor_shapes(config).items():
+def _fill_randomly(places: _Places, config: BaseModel, seed: int) -> None:
+    """Norms 1, biases 0, weights normal: in the order of `tensor_shapes`, which the generator's stream follows."""
+    generator: torch.Generator | None = None
+    for name in tensor_shapes(config):
+        tensor = places[name]
+        if generator is None:
+            generator = torch.Generator(device=tensor.device).manual_seed(seed)
         if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(shape, dtype=dtype, device=device)
+            tensor.fill_(1)
         elif name.endswith(".bias"):
-            tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+            tensor.zero_()
         else:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            tensors[name] = tensor.normal_(std=RANDOM_STD, generator=generator)
-    return tensors
-
-
-def _pack(config: BaseModel, tensors: Mapping[str, Tensor], device: torch.device | str) -> DecoderWeights:
-    def take(name: str) -> Tensor:
-        return tensors[name].to(device)
-
-    embedding = take("model.embed_tokens.weight").contiguous()
-    head = embedding if config.tie_word_embeddings else take("lm_head.weight")
-    return DecoderWeights(
-        embedding=embedding,
-        layers=tuple(_pack_layer(config, take, layer) for layer in range(config.num_layers)),
-        final_norm=take("model.norm.weight"),
-        lm_head=head.t().contiguous(),
-    )
-
-
-def _pack_layer(config: BaseModel, take: Take, layer: int) -> LayerWeights:
-    at = f"model.layers.{layer}"
-
-    def packed(*paths: str) -> Tensor:
-        """Weights side by side as one [in, sum of out]."""
-        return torch.cat([take(f"{at}.{path}.weight") for path in paths]).t().contiguous()
-
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    bias = torch.cat([take(f"{at}.{path}.bias") for path in qkv]) if config.qkv_bias else None
-    qk_norm: Tensor | None = None
-    if config.qk_norm:
-        q_norm, k_norm = take(f"{at}.self_attn.q_norm.weight"), take(f"{at}.self_attn.k_norm.weight")
-        qk_norm = torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)))
-    return LayerWeights(
-        input_norm=take(f"{at}.input_layernorm.weight"),
-        qkv=packed(*qkv),
-        qkv_bias=bias,
-        qk_norm=qk_norm,
-        o=packed("self_attn.o_proj"),
-        post_norm=take(f"{at}.post_attention_layernorm.weight"),
-        gate_up=packed("mlp.gate_proj", "mlp.up_proj"),
-        down=packed("mlp.down_proj"),
-    )
+            tensor.normal_(std=RANDOM_STD, generator=generator)

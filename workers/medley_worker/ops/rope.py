@@ -45,3 +45,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y[..., :half].addcmul_(x[..., half:], sin, value=-1)
     y[..., half:].addcmul_(x[..., :half], sin)
     return y
+
+
+def cos_sin_cache(frequencies: Tensor, num_positions: int) -> Tensor:
+    """[num_positions, D] float32: row p holds the D/2 cosines of position p's angles, then their sines."""
+    positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
+    angles = positions.unsqueeze(-1) * frequencies  # [num_positions, D/2]
+    return torch.cat((angles.cos(), angles.sin()), -1)
