@@ -4,16 +4,18 @@ Owns the folder's layout and the safety of writes: a revision is there whole or 
 same time and whenever a process dies. Judges nothing (`medley.spec.intake` does) and knows no tenants and no names.
 
     <root>/sha256/<first 2 digits>/<digest>/adapter_config.json, adapter_model.safetensors
-    <root>/tmp/<uuid>/                       a put that has not finished; never read
+    <root>/tmp/<uuid>/                       a put that has not finished, or never will; never read
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from pathlib import Path
 from typing import BinaryIO
@@ -87,6 +89,21 @@ class Store:
         except UnknownRevision:
             return False
         return True
+
+    def forget_unfinished(self, *, older_than_s: float) -> int:
+        """Delete what puts of processes that died left in `tmp` longer ago than this. Returns how many there were.
+
+        Raises OSError for the disk's own troubles.
+        """
+        temporary = self.root / "tmp"
+        before_s = time.time() - older_than_s
+        num_forgotten = 0
+        for folder in temporary.iterdir() if temporary.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # a put that ended, or another process that forgets too
+                if folder.stat().st_mtime < before_s:
+                    shutil.rmtree(folder)
+                    num_forgotten += 1
+        return num_forgotten
 
     def _folder(self, digest: str) -> Path:
         return self.root / "sha256" / digest[:2] / digest

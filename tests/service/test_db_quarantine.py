@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ledger import Ledger
+from sqlalchemy import text
 
 from medley.db import crashes
 from medley.db.inputs import fetch_inputs
@@ -37,6 +38,22 @@ def test_a_verdict_whose_answer_was_lost_is_given_again_and_to_other_workers(led
     assert verdict == (set(), {revision})
     with ledger.working() as conn:
         assert crashes.record_crash(conn, other, elsewhere) == (set(), {revision})
+
+
+def test_a_death_of_an_adapters_jobs_counts_against_it_for_a_day(ledger: Ledger) -> None:
+    tenant, worker = ledger.add_tenant(), ledger.start_worker()
+    revision = ledger.add_revision(tenant, "steady")
+    ledger.submit(tenant, [revision] * 4)
+    held = [(c.job, c.attempt) for c in ledger.claim(worker, [(revision, 4)])]
+    verdicts = []
+    for suspect, age in zip(held, ("25 hours", "23 hours", "0 hours", "0 hours"), strict=True):
+        with ledger.working() as conn:
+            verdicts.append(crashes.record_crash(conn, worker, [suspect])[1])
+            conn.execute(
+                text("UPDATE crashes SET created_at = created_at - CAST(:age AS interval) WHERE job_id = :job"),
+                {"age": age, "job": suspect[0]},
+            )
+    assert verdicts == [set(), set(), set(), {revision}]
 
 
 def test_a_job_of_a_quarantined_adapter_reaches_its_worker_marked(ledger: Ledger) -> None:

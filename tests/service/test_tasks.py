@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from medley.db import batches, crashes, sweeps
 from medley.db.connections import tenant_transaction
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.spec.ids import uuid7
+from medley.store import Store
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
 
@@ -155,7 +157,7 @@ def test_an_unknown_sweep_is_no_fault(ledger: Ledger, ringer: Ringer) -> None:
     Expander(ledger.work, ringer, ledger.pool).expand(uuid7())
 
 
-def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger) -> None:
+def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger, tmp_path: Path) -> None:
     tenant = ledger.add_tenant()
     old, recent = ledger.start_worker(), ledger.start_worker()
     with ledger.working() as conn:
@@ -167,6 +169,14 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger) -> None:
                 ),
                 {"tenant": tenant, "key": key, "id": uuid7(), "age": age},
             )
+        for days in (31, 29):
+            conn.execute(
+                text(
+                    "INSERT INTO crashes (tenant_id, job_id, worker_id, death_id, num_suspects, created_at)"
+                    " VALUES (:tenant, :id, :id, :id, 1, clock_timestamp() - make_interval(days => :days))"
+                ),
+                {"tenant": tenant, "id": uuid7(), "days": days},
+            )
         conn.execute(
             text(
                 "UPDATE workers SET state = 'gone', changed_at = clock_timestamp() -"
@@ -176,10 +186,15 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger) -> None:
         )
     ledger.submit(tenant, [None])
     ledger.flag(tenant, ledger.submit(tenant, [ledger.add_revision(tenant, "own")]), "cancel")
-    maintain(ledger.work)
+    (tmp_path / "tmp" / "cut").mkdir(parents=True)
+    os.utime(tmp_path / "tmp" / "cut", (0, 0))
+    maintain(ledger.work, Store(tmp_path))
+    assert list((tmp_path / "tmp").iterdir()) == []
     with ledger.working() as conn:
         keys = conn.execute(text("SELECT key FROM idempotency_keys WHERE tenant_id = :id"), {"id": tenant}).scalars()
         assert list(keys) == ["recent"]
+        ages = text("SELECT extract(days FROM clock_timestamp() - created_at)::int FROM crashes WHERE tenant_id = :id")
+        assert list(conn.execute(ages, {"id": tenant}).scalars()) == [29]
         kept = conn.execute(text("SELECT id FROM workers WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
         assert list(kept) == [recent]
         lanes = conn.execute(text("SELECT lane FROM demand WHERE pool = :pool"), {"pool": ledger.pool}).scalars()

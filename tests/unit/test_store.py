@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_a_writer_killed_at_any_moment_leaves_no_half_revision(store: Store, wei
     for folder in (store.root / "sha256").glob("*/*"):
         with (folder / WEIGHTS_NAME).open("rb") as file:
             assert revision_digest((folder / CONFIG_NAME).read_bytes(), file) == folder.name
+
+
+def test_what_a_killed_put_left_is_forgotten_a_day_later_and_nothing_else_is(store: Store, weights: Path) -> None:
+    assert store.forget_unfinished(older_than_s=60) == 0, "no put has ever been"
+    digest = store.put(b"{}", weights)
+    for name, age_s in (("old", 90), ("recent", 30)):
+        folder = store.root / "tmp" / name
+        folder.mkdir()
+        (folder / WEIGHTS_NAME).write_bytes(b"half of i")
+        os.utime(folder, (time.time() - age_s,) * 2)
+    os.utime(store.path(digest), (0, 0))
+    assert store.forget_unfinished(older_than_s=60) == 1
+    assert [folder.name for folder in (store.root / "tmp").iterdir()] == ["recent"]
+    assert store.has(digest)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 All of them are suspects. Each may rerun only in a step of at most half as many (`jobs.step_limit`), so the culprit
 is found in log2(n) further deaths. A job that was alone in the step three times is quarantined; so is an adapter
-revision whose jobs, two at least, were alone three times in all. Its jobs that are not ended here (held ones, those
+revision whose jobs, two at least, were alone three times in all within a day: over weeks any adapter that runs all
+the time is near some death that is not its own. Its jobs that are not ended here (held ones, those
 of other workers, those that are made at the same moment) end where they would next be run: see `fetch_inputs`.
 """
 
@@ -18,6 +19,8 @@ from medley.db.ends import End, end_unclaimed
 from medley.spec.ids import uuid7
 
 ALONE_LIMIT = 3  # deaths with nothing else in the step before a job or an adapter is quarantined
+# A revision's deaths that count; by the transaction's one time, so that what is locked is what is judged.
+_LATE = "created_at > now() - interval '24 hours'"
 END_LIMIT = 20_000  # queued jobs that a quarantine ends itself: a second's transaction
 
 # Queued jobs are found by pool and lane, which the demand names: no index of `jobs` begins with the lane.
@@ -31,7 +34,7 @@ _QUEUED = (
 _AT_STAKE = text(
     "SELECT batch_id FROM jobs WHERE id = ANY(:jobs)"
     f" UNION SELECT q.batch_id {_QUEUED} IN ("
-    "  SELECT revision_id FROM crashes WHERE num_suspects = 1"
+    f"  SELECT revision_id FROM crashes WHERE num_suspects = 1 AND {_LATE}"
     "  AND revision_id IN (SELECT revision_id FROM jobs WHERE id = ANY(:jobs))"
     "  GROUP BY revision_id HAVING count(*) >= :limit - 1)"
 )
@@ -53,8 +56,8 @@ _GUILTY_JOBS = text(
 )
 
 _GUILTY_REVISIONS = text(
-    "SELECT revision_id FROM crashes WHERE revision_id = ANY(:revisions) AND num_suspects = 1 GROUP BY revision_id"
-    " HAVING count(*) >= :limit AND count(DISTINCT job_id) >= 2 ORDER BY revision_id"
+    f"SELECT revision_id FROM crashes WHERE revision_id = ANY(:revisions) AND num_suspects = 1 AND {_LATE}"
+    " GROUP BY revision_id HAVING count(*) >= :limit AND count(DISTINCT job_id) >= 2 ORDER BY revision_id"
 )
 
 # One that another worker's crash has quarantined is no less guilty here.
@@ -127,3 +130,14 @@ def quarantine(conn: Connection, revision: UUID) -> bool:
     ).scalars()
     end_unclaimed(conn, list(queued), End.quarantined())
     return True
+
+
+def forget_crashes(conn: Connection, *, older_than_s: float, limit: int = 10_000) -> int:
+    """Deletes notes of deaths older than this. Returns how many."""
+    return conn.execute(
+        text(
+            "DELETE FROM crashes WHERE id IN (SELECT id FROM crashes"
+            " WHERE created_at < statement_timestamp() - make_interval(secs => :age) LIMIT :limit)"
+        ),
+        {"age": older_than_s, "limit": limit},
+    ).rowcount

@@ -21,6 +21,7 @@ from medley.config import Settings
 from medley.db.connections import make_engine
 from medley.health import beat
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.store import Store
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
 
@@ -32,6 +33,7 @@ log = structlog.get_logger()
 
 def run(settings: Settings) -> None:
     """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
+    store = Store.open(settings.store_url)
     engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
@@ -44,7 +46,7 @@ def run(settings: Settings) -> None:
     threading.excepthook = _end_on_crash
     threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, engine)
+    _add_tasks(app, expander, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
     ringer.close()
@@ -53,7 +55,7 @@ def run(settings: Settings) -> None:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, engine: Engine) -> None:
+def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
@@ -61,9 +63,11 @@ def _add_tasks(app: Celery, expander: Expander, engine: Engine) -> None:
     @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
     def forget_the_old() -> None:
         try:
-            maintain(engine)
+            maintain(engine, store)
         except (OperationalError, InternalError) as error:  # the next message comes within a minute
             log.warning("maintain.failed", error=type(error.orig).__name__)
+        except OSError as error:
+            log.warning("maintain.failed", error=str(error))
 
 
 def _look(expander: Expander, settings: Settings) -> None:
