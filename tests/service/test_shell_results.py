@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from ledger import Ledger, result
 from sqlalchemy import Connection, text
@@ -28,12 +30,12 @@ def transactions(module_database: Any) -> Iterator[Transactions]:
     made._engine.dispose()
 
 
-def test_a_failure_whose_words_are_refused_is_stored_in_other_words(
+def test_what_cannot_be_stored_fails_alone_in_words_that_can(
     ledger: Ledger, transactions: Transactions, redis_url: str
 ) -> None:
     tenant, worker = ledger.add_tenant(), ledger.start_worker()
-    ledger.submit(tenant, [None] * 3)
-    jobs = [(c.job, c.attempt) for c in ledger.claim(worker, [(tenant, 3)])]
+    ledger.submit(tenant, [None] * 4)
+    jobs = [(c.job, c.attempt) for c in ledger.claim(worker, [(tenant, 4)])]
     held, ringer = HeldJobs(), Ringer(redis_url)
     held.hold([Held(JobKey(*job), phase=Phase.ENDING) for job in jobs])
     results = Results(
@@ -42,9 +44,10 @@ def test_a_failure_whose_words_are_refused_is_stored_in_other_words(
     threading.Thread(target=results.run, daemon=True).start()
     unspeakable = JobError(code=ErrorCode.ADAPTER_UNAVAILABLE, message="not text: \udc80")
     failed = result(*jobs[1], state=JobState.FAILED, text=None, num_tokens=0, error=unspeakable)
-    results.put([result(*jobs[0]), failed, result(*jobs[2])])
+    unthinkable = msgspec.structs.replace(result(*jobs[3]), logprobs=(-0.5, math.nan))
+    results.put([result(*jobs[0]), failed, result(*jobs[2]), unthinkable])
     wait_until(lambda: not len(held))
-    assert [ledger.jobs()[job].state for job, _ in jobs] == ["succeeded", "failed", "succeeded"]
+    assert [ledger.jobs()[job].state for job, _ in jobs] == ["succeeded", "failed", "succeeded", "failed"]
     ledger.check()
     ringer.close()
 

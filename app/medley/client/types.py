@@ -24,7 +24,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A job's result. `logprobs[i]` is the log-probability of `token_ids[i]` under the model, before sampling."""
+    """A job's result. `logprobs[i]` is the log-probability of `token_ids[i]` under the model, before sampling;
+    where that is -inf (only a bias let the token through), it is the lowest float32, -3.4e38.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ order and counts equal a recount.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from medley.db.batches import lock_batches, lock_batches_of
 from medley.db.connections import allow_minutes
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import FinishReason, JobState
+
+LOWEST_LOGPROB = -3.4028234663852886e38  # the lowest finite float32
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,14 +139,28 @@ def complete(conn: Connection, worker: UUID, results: Sequence[Result]) -> list[
 
 
 def _document(results: Sequence[Result]) -> str:
-    return msgspec.json.encode([_without_nul(r) for r in results]).decode()
+    return msgspec.json.encode([_storable(r) for r in results]).decode()
 
 
-def _without_nul(result: Result) -> Result:
-    """PostgreSQL's text cannot hold NUL, which a model may well generate."""
-    if result.text is None or "\0" not in result.text:
-        return result
-    return msgspec.structs.replace(result, text=result.text.replace("\0", "\ufffd"))
+def _storable(result: Result) -> Result:
+    """PostgreSQL's text cannot hold NUL, which a model may well generate; JSON cannot hold -inf."""
+    if result.text is not None and "\0" in result.text:
+        result = msgspec.structs.replace(result, text=result.text.replace("\0", "\ufffd"))
+    logprobs = finite(result.logprobs)
+    return result if logprobs is result.logprobs else msgspec.structs.replace(result, logprobs=logprobs)
+
+
+def finite(logprobs: Sequence[float]) -> Sequence[float]:
+    """Log-probabilities as they are stored: for -inf, of a token that the model rules out, the lowest float32.
+
+    Raises ValueError for NaN and +inf, which are no log-probabilities; as JSON they would silently become NULL.
+    """
+    if math.isfinite(sum(logprobs)):
+        return logprobs
+    for logprob in logprobs:
+        if math.isnan(logprob) or logprob == math.inf:
+            raise ValueError(f"logprobs: got {logprob}, wanted finite numbers or -inf")
+    return [max(logprob, LOWEST_LOGPROB) for logprob in logprobs]
 
 
 # Ends without a worker are set-based: a batch of a million queued jobs is cancelled by one statement.

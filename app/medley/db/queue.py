@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches
 from medley.db.demand import add_demand, array_literal, charge
-from medley.db.ends import End, end_unclaimed
+from medley.db.ends import End, end_unclaimed, finite
 from medley.spec.jobs import Checkpoint, JobState
 
 
@@ -122,7 +122,7 @@ def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list
             {
                 "jobs": [r.job for r in kept],
                 "token_ids": [array_literal(r.checkpoint.token_ids) for r in kept if r.checkpoint],
-                "logprobs": [array_literal(r.checkpoint.logprobs) for r in kept if r.checkpoint],
+                "logprobs": [array_literal(finite(r.checkpoint.logprobs)) for r in kept if r.checkpoint],
             },
         )
     return sorted(back)
