@@ -92,8 +92,19 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         forward = NullForward(rows, model.vocab_size)
     else:
         kv = decoder.new_kv_cache(sizes.num_pages)
-        forward = ModelForward(decoder, kv, cache, rows, scheduler)
+        forward = _forward(decoder, kv, cache, rows, scheduler, sizes)
     return Parts(model, sizes, rows, pages, residency, scheduler, forward)
+
+
+def _forward(
+    decoder: Decoder, kv: KVCache, cache: AdapterCache, rows: RowTable, scheduler: Scheduler, sizes: EngineSizes
+) -> Forward:
+    if decoder.device.type == "cuda":
+        # FlashInfer is installed where there is CUDA.
+        from medley_worker.engine.cuda_forward import CudaForward
+
+        return CudaForward(decoder, kv, cache, rows, scheduler, max_tokens=sizes.max_num_batched_tokens)
+    return ModelForward(decoder, kv, cache, rows, scheduler)
 
 
 def _free_bytes(device: str) -> int:

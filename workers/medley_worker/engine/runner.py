@@ -1,6 +1,6 @@
-"""One step on the model: from rows and a plan to a forward batch, and from logits to tokens.
+"""One step on the model on CPU: from rows and a plan to a forward batch, and from logits to tokens.
 
-The only request-side file that touches tensors. It decides nothing: what runs is the plan's.
+It decides nothing: what runs is the plan's. On CUDA, cuda_forward.py does the same.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import numpy as np
 
 from medley_worker.engine.adapters import AdapterCache
 from medley_worker.engine.forward import DoneTicket, StepResult
-from medley_worker.engine.rows import NO_TOKEN, Rows, RowTable
+from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.sampling_rows import sampling_rows
 from medley_worker.engine.scheduler import Scheduler, StepPlan
 from medley_worker.models import Decoder, KVCache, build_batch
-from medley_worker.ops.sampling import SamplingRow, build_sampling_batch, sample
+from medley_worker.ops.sampling import build_sampling_batch, sample
 
 
 class ModelForward:
@@ -54,31 +55,8 @@ class ModelForward:
             device=self._decoder.device,
         )
         logits = self._decoder.forward(batch, self._kv)  # [R, V] float32
-        entries = [None if plain else self._sampling_row(row) for row, plain in _with_plain(rows, sampled)]
+        entries = sampling_rows(rows, sampled, logits.shape[1])
         drawn = sample(logits, build_sampling_batch(entries, logits.shape[1], logits.device))
         is_bad = drawn.is_nan.cpu().numpy()
         drawn_ids, logprobs = drawn.token_ids.cpu().numpy(), drawn.logprobs.cpu().numpy()
         return DoneTicket(StepResult(drawn_ids, logprobs, is_bad if is_bad.any() else None))
-
-    def _sampling_row(self, row: int) -> SamplingRow:
-        rows = self._rows
-        sequence = rows.sequences[row]
-        assert sequence is not None
-        prompt_len, num_tokens = int(rows.prompt_len[row]), int(rows.num_tokens[row])
-        masked: list[int] = []
-        if num_tokens < rows.min_len[row]:
-            stop_ids = rows.stop_ids[row]
-            masked = stop_ids[(stop_ids != NO_TOKEN) & (stop_ids < self._decoder.config.vocab_size)].tolist()
-        return SamplingRow(
-            params=sequence.sampling,
-            seed=sequence.seed,
-            position=num_tokens,
-            # Views, not copies: only penalties look at them.
-            prompt_token_ids=rows.token_ids[row, :prompt_len],  # type: ignore[arg-type]
-            output_token_ids=rows.token_ids[row, prompt_len:num_tokens],  # type: ignore[arg-type]
-            masked_token_ids=masked,
-        )
-
-
-def _with_plain(rows: RowTable, sampled: Rows) -> list[tuple[int, bool]]:
-    return list(zip(sampled.tolist(), rows.is_plain[sampled].tolist(), strict=True))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
@@ -17,6 +18,7 @@ from medley.spec.base_models import BaseModel
 # its tensor core kernel is faster, and it alone takes any group.
 TENSOR_CORE_GROUP = 4
 MIN_WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
+HEAD_DIMS = (64, 128, 256)
 # scheduler.cuh: a prefill plan counts on two blocks an SM, whose tiles hold up to 128 packed queries; a tile of a
 # decode row holds 16.
 BLOCKS_PER_SM, PREFILL_TILE, DECODE_TILE = 2, 128, 16
@@ -44,6 +46,14 @@ class PagedPlan:
     last_page_len: Tensor  # [B] int32
     # Nothing to clear: FlashInfer reads no place that the sequence has not written.
     fresh_pages: None = None
+
+
+def check_supported(config: BaseModel, dtype: torch.dtype) -> None:
+    """Raises ValueError, naming the field, for a model that there is no attention for on CUDA."""
+    if config.head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim: got {config.head_dim}, wanted one of {', '.join(map(str, HEAD_DIMS))} on cuda")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: got {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16 on cuda")
 
 
 def window_left(window: int | None) -> int:

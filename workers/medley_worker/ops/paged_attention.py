@@ -15,10 +15,9 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPaged
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
-from medley_worker.ops.paged import Kernel, takes_tensor_cores, window_left, workspace_bytes
+from medley_worker.ops.paged import Kernel, check_supported, takes_tensor_cores, window_left, workspace_bytes
 
 INT_WORKSPACE_BYTES = 8 << 20  # FlashInfer's own size
-HEAD_DIMS = (64, 128, 256)
 # One module for chunks and, with tensor cores, for decode rows; FlashInfer's FA3 plans for each head and step.
 PREFILL_BACKEND = "fa2"
 
@@ -55,10 +54,7 @@ class PagedAttention:
         last_page_len: Tensor,
         is_invariant: bool = False,
     ) -> None:
-        if config.head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim: got {config.head_dim}, wanted one of {', '.join(map(str, HEAD_DIMS))} on CUDA")
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: got {dtype}, wanted bfloat16 or float16 on CUDA")
+        check_supported(config, dtype)
         self._config, self._dtype, self._page_size = config, dtype, page_size
         self._is_invariant = is_invariant
         # Only the tensor core kernel can be told not to split a row's keys.

@@ -105,11 +105,11 @@ def build_sampling_batch(
     keys = [noise_key(row.seed, row.position) for row in used]
 
     def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+        return _upload(torch.tensor(values, dtype=dtype), device).unsqueeze(1)
 
     return SamplingBatch(
         num_rows=len(rows),
-        rows=torch.tensor(indices, device=device),
+        rows=_upload(torch.tensor(indices), device),
         edits=_edits(used, vocab_size, device),
         seen=_seen_tokens(used, vocab_size, device),
         temperature=column([max(t, MIN_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32)
@@ -119,6 +119,13 @@ def build_sampling_batch(
         is_random=column([t > 0 for t in temperatures], torch.bool) if is_random else None,
         filters=_filters(used, vocab_size, device),
     )
+
+
+def _upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """On `device`; to CUDA from pinned memory, which torch keeps until the copy is done, so that nothing waits."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values
 
 
 def _edits(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> Edits | None:
@@ -133,9 +140,9 @@ def _edits(rows: list[SamplingRow], vocab_size: int, device: torch.device | str)
         return None
     at, token_ids, values = zip(*found, strict=True)
     return Edits(
-        torch.tensor(at, device=device),
-        torch.tensor(token_ids, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
+        _upload(torch.tensor(at), device),
+        _upload(torch.tensor(token_ids), device),
+        _upload(torch.tensor(values, dtype=torch.float32), device),
     )
 
 
@@ -155,10 +162,10 @@ def _seen_tokens(rows: list[SamplingRow], vocab_size: int, device: torch.device 
         return None
     at, tokens, repetition, subtract = (np.concatenate(part) for part in zip(*parts, strict=True))
     return SeenTokens(
-        torch.as_tensor(at, device=device),
-        torch.as_tensor(tokens, device=device),
-        torch.as_tensor(repetition, dtype=torch.float32, device=device),
-        torch.as_tensor(subtract, dtype=torch.float32, device=device),
+        _upload(torch.as_tensor(at), device),
+        _upload(torch.as_tensor(tokens), device),
+        _upload(torch.as_tensor(repetition, dtype=torch.float32), device),
+        _upload(torch.as_tensor(subtract, dtype=torch.float32), device),
     )
 
 
@@ -169,9 +176,9 @@ def _filters(rows: list[SamplingRow], vocab_size: int, device: torch.device | st
         return None
     top_k = [vocab_size if p.top_k is None else min(p.top_k, vocab_size) for p in params]
     return Filters(
-        torch.tensor(top_k, device=device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+        _upload(torch.tensor(top_k), device),
+        _upload(torch.tensor([p.top_p for p in params], dtype=torch.float32), device),
+        _upload(torch.tensor([p.min_p for p in params], dtype=torch.float32), device),
     )
 
 

@@ -1,0 +1,262 @@
+"""`forward.Forward` on CUDA, one step ahead of the host: inputs up in one copy, results down in one.
+
+Owns the memory that steps read and write at fixed places, on the device and pinned. Steps of decode rows alone
+replay graphs; steps with prompt chunks run operator by operator. It decides nothing: what runs is the plan's.
+
+| memory | written by | read by |
+| a slot's input block | the host, once the slot's last step has run | the step's copies |
+| the device's input block | that copy, in stream order | the step |
+| last_token | each step's draw | the next step, for rows whose newest token the host has not read |
+| a slot's results | the step's last copy | the host, after the slot's event |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medley_worker.engine.adapters import AdapterCache
+from medley_worker.engine.decode_graphs import DecodeGraphs
+from medley_worker.engine.forward import StepResult
+from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.sampling_rows import sampling_rows
+from medley_worker.engine.scheduler import Scheduler, StepPlan
+from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets, step_contents
+from medley_worker.models import Decoder, ForwardBatch, KVCache
+from medley_worker.ops.greedy import greedy
+from medley_worker.ops.paged import PagedPlan
+from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
+from medley_worker.ops.sampling import build_sampling_batch, sample
+from medley_worker.ops.sgmv import SgmvBatch
+
+NUM_SLOTS = 2  # one step runs, the next is being launched
+RESULT_BYTES = 8 + 4 + 1  # a token id, its logprob, whether the row is bad
+WARM_UP_CHUNK = 2  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A block of bytes cut into one step's results, each [R]."""
+
+    token_ids: Tensor  # int64
+    logprobs: Tensor  # float32
+    is_bad: Tensor  # uint8
+
+    @staticmethod
+    def cut(block: Tensor, num_rows: int) -> Results:
+        """block: uint8, RESULT_BYTES a row or more."""
+        ids, logprobs, end = 8 * num_rows, 12 * num_rows, RESULT_BYTES * num_rows
+        return Results(block[:ids].view(torch.int64), block[ids:logprobs].view(torch.float32), block[logprobs:end])
+
+
+class _Slot:
+    """What the host writes and reads of one step."""
+
+    def __init__(self, layout: BlockLayout, windows: tuple[int | None, ...]) -> None:
+        self.block = torch.zeros(layout.num_ints, dtype=torch.int32).pin_memory()
+        self.numbers = self.block.numpy()
+        self.fields = layout.cut(self.block)
+        self.plans = PlanMemory(windows)
+        self.results = torch.zeros(RESULT_BYTES * layout.max_rows, dtype=torch.uint8).pin_memory()
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaTicket:
+    """A step on its way. num_rows: rows computed, of which the first num_sampled were asked for."""
+
+    slot: _Slot
+    num_rows: int
+    num_sampled: int
+
+    def result(self) -> StepResult:
+        self.slot.done.synchronize()
+        found, wanted = Results.cut(self.slot.results, self.num_rows), slice(self.num_sampled)
+        is_bad = found.is_bad[wanted].numpy().astype(np.bool_)
+        return StepResult(
+            found.token_ids[wanted].numpy().copy(),
+            found.logprobs[wanted].numpy().copy(),
+            is_bad if is_bad.any() else None,
+        )
+
+
+class CudaForward:
+    """One model, its cache and its resident adapters on one CUDA device.
+
+    max_tokens: the scheduler's token budget of a step. Building it builds kernels and captures graphs: seconds,
+    minutes where FlashInfer's kernels are not built yet.
+    """
+
+    depth = 1
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        adapters: AdapterCache,
+        rows: RowTable,
+        scheduler: Scheduler,
+        *,
+        max_tokens: int,
+    ) -> None:
+        self._decoder, self._kv, self._adapters = decoder, kv, adapters
+        self._rows, self._scheduler = rows, scheduler
+        self._buckets = row_buckets(rows.num_rows)
+        most_sequences = 2 * rows.num_rows  # padded decode rows, and a chunk for each row
+        self._layout = BlockLayout(
+            max_tokens=max_tokens + rows.num_rows,
+            max_rows=rows.num_rows,
+            max_sequences=most_sequences,
+            max_pages=kv.num_pages + rows.num_rows,
+        )
+        device = decoder.device
+        self._block = torch.zeros(self._layout.num_ints, dtype=torch.int32, device=device)
+        self._fields = self._layout.cut(self._block)
+        self._results = torch.zeros(RESULT_BYTES * rows.num_rows, dtype=torch.uint8, device=device)
+        self._logits = torch.zeros((rows.num_rows, decoder.config.vocab_size), dtype=torch.float32, device=device)
+        # One more: what padded rows draw goes there.
+        self._last_token = torch.zeros(rows.num_rows + 1, dtype=torch.int64, device=device)
+        self._attention = PagedAttention(
+            decoder.config,
+            decoder.dtype,
+            page_size=kv.page_size,
+            buckets=self._buckets,
+            kv_indptr=self._fields.kv_indptr,
+            kv_indices=self._fields.kv_indices,
+            last_page_len=self._fields.last_page_len,
+        )
+        self._slots = [_Slot(self._layout, self._attention.windows) for _ in range(NUM_SLOTS)]
+        self._num_launched = 0
+        self._graphs = DecodeGraphs()
+        with torch.inference_mode(), torch.cuda.device(device):
+            self._warm_up()
+
+    def launch(self, plan: StepPlan, sampled: Rows) -> CudaTicket:
+        with torch.inference_mode(), torch.cuda.device(self._decoder.device):
+            return self._launch(plan, sampled)
+
+    def _launch(self, plan: StepPlan, sampled: Rows) -> CudaTicket:
+        rows = self._rows
+        contents = step_contents(plan, sampled, rows, self._buckets, self._kv.spare_page)
+        slot = self._send(contents)
+        lora = self._lora(plan, contents)
+        is_plain = bool(rows.is_plain[sampled].all())
+        if plan.chunks:
+            num_rows, results = len(sampled), Results.cut(self._results, len(sampled))
+            logits = self._forward(contents, lora, self._fields.logit_rows[:num_rows])
+            drawn_rows = self._fields.sampled_rows[:num_rows].to(torch.int64)
+            if is_plain:
+                greedy(logits, results.token_ids, results.logprobs, results.is_bad, drawn_rows, self._last_token)
+        else:
+            num_rows = contents.num_decode_rows
+            self._decode(contents, lora)
+            logits = self._logits[: len(sampled)]
+            drawn_rows = self._fields.token_rows[: len(sampled)].to(torch.int64)
+        if not is_plain:
+            self._draw(logits, sampled, drawn_rows, Results.cut(self._results, num_rows))
+        end = RESULT_BYTES * num_rows
+        slot.results[:end].copy_(self._results[:end], non_blocking=True)
+        slot.done.record()
+        return CudaTicket(slot, num_rows, len(sampled))
+
+    def _send(self, contents: StepContents) -> _Slot:
+        """Bring a step's inputs to the device and plan its attention; the slot holds what that reads."""
+        slot = self._slots[self._num_launched % NUM_SLOTS]
+        self._num_launched += 1
+        slot.done.synchronize()  # its last step has been read: this waits for nothing
+        num_ints = self._layout.write(contents, slot.numbers, self._kv.page_size)
+        self._block[:num_ints].copy_(slot.block[:num_ints], non_blocking=True)
+        split, end, host = contents.num_decode_rows, contents.num_sequences, slot.fields
+        if split:
+            self._attention.plan_decode(split, host.kv_indptr[: split + 1], host.last_page_len[:split], slot.plans)
+        if split < end:
+            self._attention.plan_prefill(
+                host.qo_indptr[: end - split + 1],
+                host.kv_indptr[split : end + 1],
+                host.last_page_len[split:end],
+                host.kv_len[split:end],
+                slot.plans,
+            )
+        return slot
+
+    def _lora(self, plan: StepPlan, contents: StepContents) -> SgmvBatch | None:
+        decode = self._rows.adapter_index[plan.decode_rows].tolist()
+        num_padded = contents.num_decode_rows - len(decode)
+        indices = decode + [0] * num_padded + [int(self._rows.adapter_index[chunk.row]) for chunk in plan.chunks]
+        keys = [self._scheduler.adapter_of(index) for index in indices]
+        batch = self._adapters.lora_batch(keys, contents.num_new.tolist())
+        assert batch is None or isinstance(batch, SgmvBatch)
+        return batch
+
+    def _forward(
+        self, contents: StepContents, lora: SgmvBatch | None, logit_rows: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Logits of a step whose inputs are on their way: of `logit_rows`, or of every token row."""
+        fields, attention = self._fields, self._attention
+        split, num_tokens, num_sequences = contents.num_decode_rows, contents.num_tokens, contents.num_sequences
+        token_ids = fields.token_ids[:num_tokens].to(torch.int64)
+        if split:
+            newest = self._last_token.index_select(0, fields.token_rows[:split])
+            decode_ids = token_ids[:split]
+            decode_ids.copy_(torch.where(decode_ids < 0, newest, decode_ids))
+        plan = PagedPlan(
+            num_decode_rows=split,
+            decode=attention.decode_kernels(split) if split else {},
+            prefill=attention.prefill_kernels() if split < num_sequences else {},
+            positions=fields.positions[:num_tokens],
+            sequences=fields.sequences[:num_tokens],
+            kv_indptr=fields.kv_indptr[: num_sequences + 1],
+            kv_indices=fields.kv_indices,
+            last_page_len=fields.last_page_len[:num_sequences],
+        )
+        batch = ForwardBatch(
+            token_ids=token_ids,
+            positions=plan.positions,
+            num_decode_rows=split,
+            logit_rows=logit_rows,
+            attention=plan,
+            lora=lora,
+        )
+        return self._decoder.forward(batch, self._kv, out)
+
+    def _decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
+        """A step of decode rows alone, with its greedy draw; the first of its kind is captured for those after it."""
+        bucket, has_lora = contents.num_decode_rows, lora is not None
+        if self._graphs.has(bucket, has_lora):
+            self._graphs.replay(bucket, has_lora)
+            return
+        self._compute_decode(contents, lora)
+        self._graphs.capture(bucket, has_lora, lambda: self._compute_decode(contents, lora))
+
+    def _compute_decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
+        bucket = contents.num_decode_rows
+        logits = self._forward(contents, lora, None, self._logits[:bucket])
+        results, rows = Results.cut(self._results, bucket), self._fields.token_rows[:bucket].to(torch.int64)
+        greedy(logits, results.token_ids, results.logprobs, results.is_bad, rows, self._last_token)
+
+    def _draw(self, logits: Tensor, sampled: Rows, rows: Tensor, results: Results) -> None:
+        """Draw with each row's sampling parameters. logits: [R, V], rows: [R] int64, results: [R or more]."""
+        entries = sampling_rows(self._rows, sampled, logits.shape[1])
+        drawn = sample(logits, build_sampling_batch(entries, logits.shape[1], logits.device))
+        num_rows = len(sampled)
+        results.token_ids[:num_rows].copy_(drawn.token_ids)
+        results.logprobs[:num_rows].copy_(drawn.logprobs)
+        results.is_bad[:num_rows].copy_(drawn.is_nan)
+        self._last_token.index_copy_(0, rows, drawn.token_ids)
+
+    def _warm_up(self) -> None:
+        """Build every kernel, and capture base steps of each bucket, the largest first."""
+        spare_row, spare_page = self._rows.num_rows, self._kv.spare_page
+        contents = empty_contents(0, WARM_UP_CHUNK, spare_row, spare_page)
+        slot = self._send(contents)
+        self._forward(contents, None, self._fields.logit_rows[:0])
+        slot.done.record()
+        for bucket in reversed(self._buckets):
+            contents = empty_contents(bucket, 0, spare_row, spare_page)
+            slot = self._send(contents)
+            self._decode(contents, None)
+            slot.done.record()
+        torch.cuda.synchronize()
