@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from stepping import Sequence, Stepper
 from tiny import TinyAdapter, copy_adapter, make_adapter, make_model, prompt
 
-from medley_worker.engine.adapters import AdapterCache, AdapterKey, AdapterTooLarge, AdapterUnavailable, tiles_for
+from medley_worker.engine.adapters import AdapterCache, AdapterKey, AdapterTooLarge, AdapterUnavailable
 from medley_worker.models import Decoder, load_model
 
 TILES_OF_RANK8 = 4  # one a projection group
@@ -110,15 +110,6 @@ def test_a_forgotten_adapter_leaves_nothing_behind(decoder: Decoder, folder: Pat
     assert cache.tiles_used == 0
     assert not cache.is_registered(key("0"))
     cache.check_integrity()
-
-
-def test_slots_have_room_for_as_many_adapters_of_the_largest_rank(decoder: Decoder) -> None:
-    slots = {n: tiles_for(decoder.config, dtype=torch.float32, adapter_slots=n) for n in (1, 2, 10)}
-    assert slots == {1: 64, 2: 128, 10: 640}
-    assert tiles_for(decoder.config, dtype=torch.float32, adapter_bytes=0) == 0
-    for fields in ({"adapter_slots": -1}, {"adapter_bytes": -1}, {"adapter_slots": 1, "adapter_bytes": 1}):
-        with pytest.raises(ValueError, match="adapter_"):
-            tiles_for(decoder.config, dtype=torch.float32, **fields)
 
 
 def test_values_that_the_dtype_cannot_hold_make_an_adapter_unavailable(

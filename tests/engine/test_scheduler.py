@@ -27,6 +27,14 @@ class CountedTiles:
         self.pinned: set[AdapterKey] = set()
         self.upcoming: list[AdapterKey] = []
         self.evicted: list[AdapterKey] = []
+        self.unread: set[AdapterKey] | None = None  # of a residency that reads ahead
+
+    @property
+    def loads_ahead(self) -> bool:
+        return self.unread is not None
+
+    def is_ready(self, key: AdapterKey) -> bool:
+        return self.unread is None or key not in self.unread
 
     def is_resident(self, key: AdapterKey) -> bool:
         return key in self.tiles_of

@@ -37,7 +37,11 @@ class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine is built. None lets the engine size the value from the device. Sizes in bytes."""
+    """How an engine is built. None lets the engine size the value from the device. Sizes in bytes.
+
+    adapter_host_bytes: host memory for adapters that are read and not on the device, or may leave it.
+    max_tpot_ms: what the time per output token is held to, None: the most tokens a second.
+    """
 
     model_dir: str
     device: str = "cpu"
@@ -51,6 +55,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "safetensors"  # or "random"
     forward: str = "model"  # or "null": tokens without a forward pass, for measuring all that is around it
     seed: int = 0
+    adapter_host_bytes: int | None = None
+    max_tpot_ms: float | None = None
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""An adapter's files as packed tiles in host memory. Owns reading and packing; knows no pool and no schedule."""
+"""An adapter's files as packed tiles. Owns reading and packing; knows no pool, no schedule and no tile's inside."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,19 +14,30 @@ from torch import Tensor
 
 from medley.spec.adapters import WEIGHTS_NAME, AdapterHeader, AdapterRefused, AdapterTarget, read_adapter
 from medley.spec.base_models import BaseModel
-from medley_worker.ops.lora_stage import SITES, TILE_RANKS, TileLayout
+from medley_worker.ops.lora_stage import SITES, TILE_RANKS, GroupShape
 
 
 class AdapterUnavailable(Exception):
     """An adapter whose files could not be read, or are not what they should be."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """tiles: [n, tile_elements] on the host, group by group as `num_tiles` counts them. scales: [L, sites] float32."""
+class Layout(Protocol):
+    """How a device wants its tiles. `ops` has one for each device."""
 
-    tiles: Tensor
-    scales: Tensor
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def groups(self) -> tuple[GroupShape, ...]: ...
+
+    @property
+    def tile_elements(self) -> int: ...
+
+    def write_layers(
+        self, tile: Tensor, group: GroupShape, in_group: int, layers: list[int], a: Tensor, b: Tensor
+    ) -> None:
+        """Write one site of n layers. tile: [tile_elements], mutated. a: [n, r, in], b: [n, out, r], r at most 8."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,7 @@ class AdapterSource:
         return sum(self.num_tiles.values())
 
 
-def read_source(path: Path, model: BaseModel, layout: TileLayout) -> AdapterSource:
+def read_source(path: Path, model: BaseModel, layout: Layout) -> AdapterSource:
     """Read and check an adapter's configuration and header. Raises AdapterUnavailable."""
     try:
         header = read_adapter(path, model)
@@ -55,73 +68,58 @@ def read_source(path: Path, model: BaseModel, layout: TileLayout) -> AdapterSour
     return AdapterSource(path, header, num_tiles)
 
 
-def pack_adapter(source: AdapterSource, layout: TileLayout, dtype: torch.dtype) -> PackedAdapter:
-    """Read an adapter's weights into tiles. Ranks up to the next multiple of 8 are zeros. Raises AdapterUnavailable."""
-    tiles = torch.zeros((source.tiles_needed, layout.tile_elements), dtype=dtype)
-    scales = torch.zeros((layout.num_layers, len(SITES)))
+def pack_adapter(source: AdapterSource, layout: Layout, tiles: Sequence[Tensor], scales: Tensor) -> None:
+    """Read an adapter's weights into tiles. Ranks up to the next multiple of 8 are zeros.
+
+    tiles: source.tiles_needed of [tile_elements], on the host, mutated; group by group as `num_tiles` counts them.
+    scales: [L, sites] float32, mutated; 0 where not adapted. Raises AdapterUnavailable.
+    """
+    for tile in tiles:
+        tile.zero_()
+    scales.zero_()
+    for target in source.header.targets:
+        scales[target.layer, SITES.index(target.site)] = target.scale
     try:
         with safe_open(source.path / WEIGHTS_NAME, framework="pt") as weights:
-            for target in source.header.targets:
-                a, b = weights.get_tensor(target.a_name), weights.get_tensor(target.b_name)
-                _pack_target(target, a.to(dtype), b.to(dtype), tiles, source, layout)
-                scales[target.layer, SITES.index(target.site)] = target.scale
+            first = 0
+            for group in layout.groups:
+                count = source.num_tiles.get(group.name, 0)
+                for in_group in range(group.num_sites):
+                    name = SITES[group.first_site + in_group]
+                    _pack_site(weights, source, name, layout, group, in_group, tiles[first : first + count])
+                first += count
     except (SafetensorError, OSError) as error:
         raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} could not be read: {error}") from error
-    # An upload's values were looked at; here one may have become infinite in a narrower dtype.
-    if not bool(tiles.isfinite().all()):
-        raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} holds NaN or infinity in {dtype}")
-    return PackedAdapter(tiles, scales)
 
 
-def _pack_target(
-    target: AdapterTarget, a: Tensor, b: Tensor, tiles: Tensor, source: AdapterSource, layout: TileLayout
+def _pack_site(
+    weights: safe_open,
+    source: AdapterSource,
+    site: str,
+    layout: Layout,
+    group: GroupShape,
+    in_group: int,
+    tiles: Sequence[Tensor],
 ) -> None:
-    """Write one site of one layer. a: [r, in], b: [out, r]. tiles is mutated."""
-    site = SITES.index(target.site)
-    first_tile = 0
-    for group in layout.groups:
-        in_group = site - group.first_site
-        if 0 <= in_group < group.num_sites:
-            break
-        first_tile += source.num_tiles.get(group.name, 0)
-    for tile, start in enumerate(range(0, target.rank, TILE_RANKS), start=first_tile):
-        ranks = slice(start, min(start + TILE_RANKS, target.rank))
-        count = ranks.stop - ranks.start
-        here = tiles[tile : tile + 1]
-        layout.a_view(here, group)[0, target.layer, :, in_group, :count] = a[ranks].t()
-        layout.b_view(here, group, in_group)[0, target.layer, :count] = b[:, ranks].t()
+    """Write one site of all layers, those of one rank together."""
+    by_rank: dict[int, list[AdapterTarget]] = {}
+    for target in source.header.targets:
+        if target.site == site:
+            by_rank.setdefault(target.rank, []).append(target)
+    for rank, targets in by_rank.items():
+        layers = [target.layer for target in targets]
+        a = _stack(weights, source, [target.a_name for target in targets], tiles[0].dtype)  # [n, r, in]
+        b = _stack(weights, source, [target.b_name for target in targets], tiles[0].dtype)  # [n, out, r]
+        for tile, start in zip(tiles, range(0, rank, TILE_RANKS), strict=False):
+            ranks = slice(start, min(start + TILE_RANKS, rank))
+            layout.write_layers(tile, group, in_group, layers, a[:, ranks], b[:, :, ranks])
 
 
-class HostCopies:
-    """Packed adapters kept in host memory, the least recently used dropped past `limit_bytes`."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.used_bytes = 0
-        self._copies: OrderedDict[object, PackedAdapter] = OrderedDict()
-
-    def get(self, key: object) -> PackedAdapter | None:
-        copy = self._copies.get(key)
-        if copy is not None:
-            self._copies.move_to_end(key)
-        return copy
-
-    def put(self, key: object, copy: PackedAdapter) -> None:
-        self.drop(key)
-        if copy.tiles.nbytes > self.limit_bytes:
-            return
-        self._copies[key] = copy
-        self.used_bytes += copy.tiles.nbytes
-        while self.used_bytes > self.limit_bytes:
-            _, dropped = self._copies.popitem(last=False)
-            self.used_bytes -= dropped.tiles.nbytes
-
-    def drop(self, key: object) -> None:
-        dropped = self._copies.pop(key, None)
-        if dropped is not None:
-            self.used_bytes -= dropped.tiles.nbytes
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError unless the count of bytes is right and below the limit."""
-        assert self.used_bytes == sum(copy.tiles.nbytes for copy in self._copies.values())
-        assert self.used_bytes <= self.limit_bytes
+def _stack(weights: safe_open, source: AdapterSource, names: list[str], dtype: torch.dtype) -> Tensor:
+    """Tensors of one shape as one [n, ...] in `dtype`."""
+    stacked = torch.stack([weights.get_tensor(name) for name in names]).to(dtype)  # type: ignore[no-untyped-call]
+    # An upload's values were looked at; here one may have become infinite in a narrower dtype.
+    low, high = stacked.aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} holds NaN or infinity in {dtype}")
+    return stacked

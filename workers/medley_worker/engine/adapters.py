@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
-from medley.spec.peft_config import MAX_RANK
-from medley_worker.engine.adapter_files import (
-    AdapterSource,
-    AdapterUnavailable,
-    HostCopies,
-    PackedAdapter,
-    pack_adapter,
-    read_source,
-)
+from medley_worker.engine.adapter_files import AdapterSource, AdapterUnavailable, Layout
+from medley_worker.engine.adapter_loader import AdapterLoader, Wanted
+from medley_worker.engine.copies import Copier, Fence, new_copier
 from medley_worker.engine.sequences import AdapterKey
+from medley_worker.engine.sizing import CPU_HOST_BYTES
 from medley_worker.engine.tiles import TilePool
 from medley_worker.ops.lora import LoraBatch, build_lora_batch
-from medley_worker.ops.lora_stage import TILE_RANKS, AdapterTiles, LoraStage, tile_layout
+from medley_worker.ops.lora_stage import SITES, AdapterTiles, LoraStage, TileLayout, tile_layout
 
-__all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "tiles_for"]
-
-DEFAULT_ADAPTER_BYTES = 256 << 20
-HOST_BYTES = 1 << 30
+__all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "layout_for"]
 
 
 class AdapterTooLarge(Exception):
@@ -44,32 +36,53 @@ class AdapterTooLarge(Exception):
         super().__init__(f"adapter {key[1]} needs {got} tiles, the engine has {wanted}; raise its adapter memory")
 
 
-def tiles_for(
-    model: BaseModel, *, dtype: torch.dtype, adapter_slots: int | None = None, adapter_bytes: int | None = None
-) -> int:
-    """How many tiles an engine gets.
+def layout_for(model: BaseModel, device: torch.device) -> Layout:
+    """How tiles are laid out on `device`. Raises ValueError for a model that its kernels cannot run."""
+    if device.type == "cuda":
+        # Its layout is of use where its kernels can be built.
+        from medley_worker.ops.sgmv_layout import fragment_layout
 
-    adapter_slots: room for so many adapters of the largest rank, 128, on all sites.
-    adapter_bytes: what fits into so many bytes, exactly. Neither: 256 MiB, and one of rank 128 at the least.
-    Raises ValueError, naming the field, for less than 0 and for both.
-    """
-    if adapter_slots is not None and adapter_bytes is not None:
-        raise ValueError("adapter_slots and adapter_bytes: got both, wanted one of them")
-    for name, value in (("adapter_slots", adapter_slots), ("adapter_bytes", adapter_bytes)):
-        if value is not None and value < 0:
-            raise ValueError(f"{name}: got {value}, wanted 0 or more")
-    layout = tile_layout(model)
-    tile_bytes = layout.tile_elements * dtype.itemsize
-    largest = len(layout.groups) * MAX_RANK // TILE_RANKS
-    if adapter_slots is not None:
-        return adapter_slots * largest
-    if adapter_bytes is not None:
-        return adapter_bytes // tile_bytes
-    return max(largest, DEFAULT_ADAPTER_BYTES // tile_bytes)
+        return fragment_layout(model)
+    return tile_layout(model)
+
+
+class Lora(Protocol):
+    """Makes the work of a step's adapters known to the device."""
+
+    def batch(self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int]) -> object | None:
+        """What the model's forward pass wants as its LoRA batch; None where no row has an adapter."""
+        ...
+
+
+class StagedLora:
+    """For a CPU: copies of the tiles in use, laid out for batched products."""
+
+    def __init__(self, stage: LoraStage) -> None:
+        self.stage = stage
+
+    def batch(self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int]) -> LoraBatch | None:
+        return build_lora_batch(adapters, num_tokens, self.stage)
+
+
+def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int) -> Lora:
+    if isinstance(layout, TileLayout):
+        return StagedLora(LoraStage(layout, pool))
+    from medley_worker.ops.sgmv import SgmvLora
+    from medley_worker.ops.sgmv_layout import FragmentLayout
+
+    assert isinstance(layout, FragmentLayout)
+    return SgmvLora(layout, pool, max_tokens, max_adapters)
 
 
 class AdapterCache:
-    """Resident adapters: registered by key, loaded into tiles, pinned while rows use them, evicted by next use."""
+    """Resident adapters: registered by key, loaded into tiles, pinned while rows use them, evicted by next use.
+
+    | memory | who writes it, and when |
+    | tiles, scales on the device | `load`, after the last step that reads their former owner |
+    | tiles, scales on the host | the loader, after the last copy out of them |
+
+    At most one step is unread while an adapter is loaded, so of the steps before the last one nobody reads tiles.
+    """
 
     def __init__(
         self,
@@ -78,19 +91,31 @@ class AdapterCache:
         num_tiles: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        host_bytes: int = HOST_BYTES,
+        host_bytes: int = CPU_HOST_BYTES,
+        max_tokens: int = 2048,
+        max_adapters: int = 64,
+        copier: Copier | None = None,
     ) -> None:
-        self._model, self._dtype = model, dtype
-        self._layout = tile_layout(model)
-        self._device = torch.device(device)
-        self._memory = _new_tiles(num_tiles + 1, self._layout.tile_elements, dtype, self._device)
-        self._stage = LoraStage(self._layout, self._memory)
+        """max_tokens, max_adapters: of one step. copier: for tests; the device has its own."""
+        device = torch.device(device)
+        self._copier = new_copier(device) if copier is None else copier
+        layout = layout_for(model, device)
+        self._loader = AdapterLoader(model, layout, dtype, self._copier, host_bytes)
+        self._memory = self._copier.new_device(num_tiles + 1, layout.tile_elements, dtype)  # the last one stays zeros
+        # An adapter's scales lie where its first tile says, so that they live and die with it.
+        self._scales = self._copier.new_device(num_tiles, layout.num_layers * len(SITES), torch.float32)
+        self._scales = self._scales.view(num_tiles, layout.num_layers, len(SITES))
+        self.lora = _new_lora(layout, self._memory, max_tokens, max_adapters)
         self._tiles: TilePool[AdapterKey] = TilePool(num_tiles)
         self._sources: dict[AdapterKey, AdapterSource] = {}
+        self._paths: dict[AdapterKey, Path] = {}  # of adapters that come and are not registered
         self._resident: dict[AdapterKey, AdapterTiles] = {}
-        self._host = HostCopies(host_bytes)
         self._load_ids = itertools.count()
-        self._last_batch: tuple[tuple[object, ...], LoraBatch | None] = ((), None)
+        self._last_batch: tuple[tuple[object, ...], object | None] = ((), None)
+        self._arriving: dict[AdapterKey, Fence] = {}  # loaded, and no step has waited for the copy
+        self._step = 0  # how many steps were begun
+        self._used_in: dict[AdapterKey, int] = {}  # the last step with it
+        self._read_in = [0] * num_tiles  # the last step that read the tile for an owner that is gone
         self.loads = 0
         self.evictions = 0
         self.load_s = 0.0
@@ -107,6 +132,11 @@ class AdapterCache:
     def num_registered(self) -> int:
         return len(self._sources)
 
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether what `set_upcoming` names is read ahead, and `is_ready` may say no."""
+        return self._loader.is_ahead
+
     def register(self, key: AdapterKey, path: Path | str) -> None:
         """Make an adapter known. A known key is left as it is: what a key names never changes.
 
@@ -114,7 +144,7 @@ class AdapterCache:
         """
         if key in self._sources:
             return
-        source = read_source(Path(path), self._model, self._layout)
+        source = self._loader.source(key, Path(path))
         if source.tiles_needed > self.num_tiles:
             raise AdapterTooLarge(key, source.tiles_needed, self.num_tiles)
         self._sources[key] = source
@@ -123,7 +153,7 @@ class AdapterCache:
         """Drop an adapter from everywhere. It must not be pinned. Unknown keys are ignored."""
         if key in self._tiles:
             self._release(key)
-        self._host.drop(key)
+        self._loader.drop(key)
         self._sources.pop(key, None)
 
     def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
@@ -140,41 +170,57 @@ class AdapterCache:
     def is_resident(self, key: AdapterKey) -> bool:
         return key in self._resident
 
+    def is_ready(self, key: AdapterKey) -> bool:
+        """Whether `load` would not wait for a disk."""
+        return key in self._resident or self._loader.is_ready(key)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until one more of those that come is ready, at most `timeout_s`."""
+        self._loader.wait(timeout_s)
+
     def can_admit(self, key: AdapterKey) -> bool:
         """Whether a registered adapter is resident, or fits into free tiles and those that nobody has pinned."""
         return key in self._resident or self._sources[key].tiles_needed <= self._tiles.num_available
 
     def load(self, key: AdapterKey) -> None:
-        """Make a registered adapter resident, evicting others. `can_admit` holds. Raises AdapterUnavailable."""
+        """Make a registered adapter resident, evicting others. `can_admit` holds. Raises AdapterUnavailable.
+
+        It is there for the steps that begin after it; the copy itself may still be under way.
+        """
         if key in self._resident:
             self._tiles.touch(key)
             return
         started = time.perf_counter()
         source = self._sources[key]
-        packed = self._packed(key, source)
+        packed = self._loader.get(key, source)
         victims = self._tiles.victims(source.tiles_needed)
         assert victims is not None, "load follows can_admit"
         for victim in victims:
             self._release(victim)
         self.evictions += len(victims)
         tiles = self._tiles.acquire(key, source.tiles_needed)
-        self._memory.index_copy_(0, torch.tensor(tiles, device=self._device), packed.tiles.to(self._device))
+        scales = self._scales[tiles[0]]
+        is_read = max(self._read_in[tile] for tile in tiles) >= self._step > 0
+        pairs = [(self._memory[tile], host.memory) for tile, host in zip(tiles, packed, strict=True)]
+        fence = self._copier.copy([*pairs, (scales, packed[0].scales)], self._copier.mark() if is_read else None)
+        for host in packed:
+            host.read_by = fence
+        self._loader.put_back(key, packed)
+        self._arriving[key] = fence
         taken = iter(tiles)
         by_group = {group: tuple(itertools.islice(taken, count)) for group, count in source.num_tiles.items()}
-        self._resident[key] = AdapterTiles(next(self._load_ids), by_group, packed.scales.to(self._device))
+        self._resident[key] = AdapterTiles(next(self._load_ids), by_group, scales)
         self.loads += 1
         self.load_s += time.perf_counter() - started
 
-    def _packed(self, key: AdapterKey, source: AdapterSource) -> PackedAdapter:
-        packed = self._host.get(key)
-        if packed is None:
-            packed = pack_adapter(source, self._layout, self._dtype)
-            self._host.put(key, packed)
-        return packed
-
     def _release(self, key: AdapterKey) -> None:
+        adapter = self._resident.pop(key)
+        used_in = self._used_in.pop(key, 0)
+        for tiles in adapter.tiles.values():
+            for tile in tiles:
+                self._read_in[tile] = used_in
+        self._arriving.pop(key, None)  # copies follow each other, so the next owner's comes after it
         self._tiles.release(key)
-        del self._resident[key]
 
     def pin(self, key: AdapterKey) -> None:
         """Keep a resident adapter until as many `unpin`s."""
@@ -183,39 +229,60 @@ class AdapterCache:
     def unpin(self, key: AdapterKey) -> None:
         self._tiles.unpin(key)
 
+    def set_paths(self, paths: Mapping[AdapterKey, Path]) -> None:
+        """Where adapters lie that `set_upcoming` may name before they are registered; replaces what was known."""
+        self._paths = dict(paths)
+
     def set_upcoming(self, keys: Sequence[AdapterKey]) -> None:
         """The adapters that are used next, nearest first; replaces what was known."""
         self._tiles.set_upcoming(keys)
+        if self._loader.is_ahead:
+            self._loader.set_line([item for key in keys if key not in self._resident for item in self._wanted(key)])
+
+    def _wanted(self, key: AdapterKey) -> list[Wanted]:
+        source = self._sources.get(key)
+        if source is not None:
+            return [Wanted(key, source.path, source)]
+        return [Wanted(key, self._paths[key], None)] if key in self._paths else []
 
     def resident(self) -> list[AdapterKey]:
         return list(self._resident)
 
-    def lora_batch(self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int]) -> LoraBatch | None:
-        """The LoraBatch of a step: one resident key (None: the base) and number of new tokens a sequence, in order.
+    def lora_batch(self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int]) -> object | None:
+        """The LoRA batch of a step: one resident key (None: the base) and number of new tokens a sequence, in order.
 
         None where no row has an adapter. Valid until the next call. A step like the last one gets the same batch.
+        Called once a step, before anything of it is launched.
         """
+        self._begin_step(keys)
         adapters = [None if key is None else self._resident[key] for key in keys]
         composition = (*(None if a is None else a.load_id for a in adapters), *num_tokens)
         if self._last_batch[0] != composition:
-            self._last_batch = (composition, build_lora_batch(adapters, num_tokens, self._stage))
+            self._last_batch = (composition, self.lora.batch(adapters, num_tokens))
         return self._last_batch[1]
+
+    def _begin_step(self, keys: Sequence[AdapterKey | None]) -> None:
+        self._step += 1
+        for key in dict.fromkeys(keys):
+            if key is not None:
+                self._used_in[key] = self._step
+                fence = self._arriving.pop(key, None)
+                if fence is not None:
+                    self._copier.join(fence)
+
+    def close(self) -> None:
+        """End the threads that read ahead. May be called twice."""
+        self._loader.close()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless tiles, residents and host copies agree."""
         self._tiles.check_integrity()
-        self._host.check_integrity()
-        self._stage.check_integrity()
+        self._loader.check_integrity()
+        if isinstance(self.lora, StagedLora):
+            self.lora.stage.check_integrity()
         assert set(self._resident) == set(self._tiles.owners()), "residents and tile owners differ"
         assert set(self._resident) <= set(self._sources), "a resident adapter is not registered"
+        assert set(self._arriving) <= set(self._resident), "a copy arrives for nobody"
         for key, adapter in self._resident.items():
             counts = {group: len(tiles) for group, tiles in adapter.tiles.items()}
             assert counts == self._sources[key].num_tiles, "an adapter's tiles are not what its header asks"
-
-
-def _new_tiles(count: int, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count, elements] zeros. On CPU from calloc, so that tiles never used take no memory."""
-    if device.type != "cpu":
-        return torch.zeros((count, elements), dtype=dtype, device=device)
-    memory = np.zeros(count * elements * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(count, elements)

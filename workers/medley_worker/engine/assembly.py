@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 
 from medley.spec.base_models import BaseModel, read_base_model
+from medley.spec.peft_config import MAX_RANK
 from medley.spec.wire import EngineConfig
-from medley_worker.engine.adapters import AdapterCache, tiles_for
+from medley_worker.engine.adapters import AdapterCache, layout_for
 from medley_worker.engine.forward import Forward, NullForward
 from medley_worker.engine.pages import PagePool
 from medley_worker.engine.residency import CachedResidency
@@ -19,13 +21,12 @@ from medley_worker.engine.rows import RowTable
 from medley_worker.engine.runner import ModelForward
 from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sequences import Sequence
-from medley_worker.engine.sizing import CPU_KV_BYTES, EngineSizes, size_engine
+from medley_worker.engine.sizing import DeviceMemory, EngineSizes, Shape, host_copy_bytes, size_engine
 from medley_worker.models import Decoder, KVCache, load_model
 from medley_worker.models.kv import kv_page_size
+from medley_worker.ops.lora_stage import TILE_RANKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of the free device memory; the rest is for activations.
-CUDA_KV_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +68,16 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
             seed=config.seed,
         )
         model = decoder.config
-    num_tiles = tiles_for(model, dtype=dtype, adapter_slots=config.adapter_slots, adapter_bytes=config.adapter_bytes)
-    cache = AdapterCache(model, num_tiles=num_tiles, dtype=dtype, device=config.device)
-    page_size = kv_page_size(config.device)
-    sizes = size_engine(
-        config,
+    device = torch.device(config.device)
+    sizes = size_engine(config, model, _shape(model, dtype, device), _memory(device))
+    cache = AdapterCache(
         model,
-        page_bytes=KVCache.page_bytes(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=dtype,
-            page_size=page_size,
-        ),
-        page_size=page_size,
-        free_bytes=_free_bytes(config.device),
+        num_tiles=sizes.num_tiles,
+        dtype=dtype,
+        device=device,
+        host_bytes=host_copy_bytes(config, _free_host_bytes()),
+        max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,  # decode rows are padded to a bucket
+        max_adapters=sizes.max_num_seqs,
     )
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)
     pages = PagePool(sizes.num_pages, sizes.page_size)
@@ -107,9 +103,33 @@ def _forward(
     return ModelForward(decoder, kv, cache, rows, scheduler)
 
 
-def _free_bytes(device: str) -> int:
-    """What the KV cache may take on `device` when nobody says."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(torch.device(device))
-        return int(free * CUDA_KV_SHARE)
-    return CPU_KV_BYTES
+def _shape(model: BaseModel, dtype: torch.dtype, device: torch.device) -> Shape:
+    layout = layout_for(model, device)
+    page_size = kv_page_size(device)
+    return Shape(
+        dtype_bytes=dtype.itemsize,
+        page_bytes=KVCache.page_bytes(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=dtype,
+            page_size=page_size,
+        ),
+        page_size=page_size,
+        tile_bytes=layout.tile_elements * dtype.itemsize,
+        adapter_tiles=len(layout.groups) * MAX_RANK // TILE_RANKS,
+    )
+
+
+def _memory(device: torch.device) -> DeviceMemory | None:
+    """What the weights have left of a CUDA device."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # what loading the weights took for a moment
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device))
+
+
+def _free_host_bytes() -> int:
+    """Memory that the machine has free, pages of files not counted."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -29,6 +29,7 @@ from medley_worker.engine.sequences import AdapterKey, AlreadyInFlight, Refused,
 from medley_worker.engine.sizing import EngineSizes
 from medley_worker.engine.stats import Counters
 
+LOAD_WAIT_S = 0.05  # that a step with nothing to run waits for an adapter, before its caller may do something else
 OFFLINE = "offline"  # stands where the tenant stands in the key of an adapter that has a name only
 
 
@@ -66,12 +67,16 @@ class Engine:
         adapter_slots: int | None = None,
         load_format: Literal["safetensors", "random"] = "safetensors",
         seed: int = 0,
+        adapter_host_bytes: int | None = None,
+        max_tpot_ms: float | None = None,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
 
         max_num_batched_tokens: budget of a step. kv_cache_bytes, adapter_bytes: None sizes them from the device.
         adapter_slots: room for this many adapters of the largest rank. load_format "random" needs config.json
-        alone. seed: of random weights, and of the seeds drawn for requests that bring none.
+        alone. seed: of random weights, and of the seeds drawn for requests that bring none. adapter_host_bytes:
+        memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
+        rows at once.
         """
         return cls(
             EngineConfig(
@@ -86,6 +91,8 @@ class Engine:
                 adapter_slots=adapter_slots,
                 load_format=load_format,
                 seed=seed,
+                adapter_host_bytes=adapter_host_bytes,
+                max_tpot_ms=max_tpot_ms,
             )
         )
 
@@ -193,6 +200,8 @@ class Engine:
             outputs.append(_finished(sequence, None, error))
         self._counters.preemptions += plan.num_preempted
         if plan.is_empty:
+            if not outputs and not self._pipeline.num_in_flight and self._parts.scheduler.num_waiting:
+                self._parts.residency.wait(LOAD_WAIT_S)
             self._settle(outputs)
         else:
             self._announce([s for s in plan.entering if not s.is_announced])
@@ -230,7 +239,9 @@ class Engine:
 
     def set_upcoming(self, adapters: Iterable[AdapterRef]) -> None:
         """Adapters that come after those of the requests in line, nearest first: the last to be evicted."""
-        self._parts.scheduler.set_upcoming([(ref.tenant, ref.revision) for ref in adapters])
+        paths: dict[AdapterKey, Path] = {(ref.tenant, ref.revision): Path(ref.path) for ref in adapters}
+        self._parts.residency.set_paths(paths)
+        self._parts.scheduler.set_upcoming(list(paths))
 
     def stats(self) -> EngineStats:
         """Totals since the engine started, and what it holds now."""
@@ -262,6 +273,7 @@ class Engine:
         """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""
         if self._open is not None:
             self.abort(list(self._sequences))
+            self._open.residency.close()
             self._open = None
 
     def check_integrity(self) -> None:

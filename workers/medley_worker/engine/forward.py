@@ -32,7 +32,7 @@ class Ticket(Protocol):
     """A launched step."""
 
     def result(self) -> StepResult:
-        """Wait for the step. Called once, in the order of the launches."""
+        """Wait for the step, even where it drew nothing. Called once, in the order of the launches."""
         ...
 
 

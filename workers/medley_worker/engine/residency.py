@@ -5,7 +5,7 @@ Announces a sequence before its adapter is read, since a broken file may end the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +65,17 @@ class CachedResidency:
     def is_resident(self, key: AdapterKey) -> bool:
         return self._cache.is_resident(key)
 
+    @property
+    def loads_ahead(self) -> bool:
+        return self._cache.loads_ahead
+
+    def is_ready(self, key: AdapterKey) -> bool:
+        return self._cache.is_ready(key)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until one more adapter can be loaded without waiting for a disk, at most `timeout_s`."""
+        self._cache.wait(timeout_s)
+
     def can_admit(self, key: AdapterKey) -> bool:
         return self._cache.can_admit(key)
 
@@ -80,6 +91,9 @@ class CachedResidency:
     def unpin(self, key: AdapterKey) -> None:
         self._cache.unpin(key)
 
+    def set_paths(self, paths: Mapping[AdapterKey, Path]) -> None:
+        self._cache.set_paths(paths)
+
     def set_upcoming(self, keys: Seq[AdapterKey]) -> None:
         self._cache.set_upcoming(keys)
 
@@ -93,6 +107,9 @@ class CachedResidency:
             num_tiles=cache.num_tiles,
             revisions=tuple(key[1] for key in cache.resident() if isinstance(key[1], UUID)),
         )
+
+    def close(self) -> None:
+        self._cache.close()
 
     def check_integrity(self) -> None:
         self._cache.check_integrity()

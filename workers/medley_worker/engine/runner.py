@@ -13,6 +13,7 @@ from medley_worker.engine.rows import Rows, RowTable
 from medley_worker.engine.sampling_rows import sampling_rows
 from medley_worker.engine.scheduler import Scheduler, StepPlan
 from medley_worker.models import Decoder, KVCache, build_batch
+from medley_worker.ops.lora import LoraBatch
 from medley_worker.ops.sampling import build_sampling_batch, sample
 
 
@@ -43,6 +44,8 @@ class ModelForward:
         token_ids = [rows.token_ids[plan.decode_rows, kv_len[:num_decode] - 1]]
         token_ids += [rows.token_ids[c.row, c.start : c.start + c.num_tokens] for c in plan.chunks]
         keys = [self._scheduler.adapter_of(index) for index in rows.adapter_index[order].tolist()]
+        lora = self._adapters.lora_batch(keys, num_new.tolist())
+        assert lora is None or isinstance(lora, LoraBatch)
         batch = build_batch(
             token_ids=np.concatenate(token_ids),
             qo_indptr=qo_indptr,
@@ -51,7 +54,7 @@ class ModelForward:
             num_decode_rows=num_decode,
             logit_rows=qo_indptr[1:][is_sampled] - 1,
             page_size=rows.page_size,
-            lora=self._adapters.lora_batch(keys, num_new.tolist()),
+            lora=lora,
             device=self._decoder.device,
         )
         logits = self._decoder.forward(batch, self._kv)  # [R, V] float32

@@ -23,10 +23,19 @@ from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
 class Residency(Protocol):
     """Adapter memory as the scheduler sees it. `can_admit`, `load` raise Refused where there is no hope."""
 
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether what `set_upcoming` names is read ahead of need, and `is_ready` may say no."""
+        ...
+
     def is_resident(self, key: AdapterKey) -> bool: ...
 
     def can_admit(self, key: AdapterKey) -> bool:
         """Whether it is resident, or fits after evicting adapters that no row uses."""
+        ...
+
+    def is_ready(self, key: AdapterKey) -> bool:
+        """Whether `load` would not wait for a disk."""
         ...
 
     def load(self, key: AdapterKey, sequence: Sequence) -> None: ...
@@ -93,6 +102,7 @@ class Scheduler:
         self._prefilling: list[int] = []  # rows, oldest first
         self._admitted_at = np.zeros(rows.num_rows, np.int64)
         self._num_admitted = 0
+        self._is_line_new = False  # it or what comes after it has changed since the residency was told
         self._is_blocked = False  # the line was scanned in vain and nothing has been freed or added since
         self._adapters: list[AdapterKey | None] = [None] * (rows.num_rows + 1)  # by index; 0 is the base
         self._adapter_rows = [0] * (rows.num_rows + 1)  # rows that use it
@@ -126,10 +136,12 @@ class Scheduler:
     def set_upcoming(self, keys: Seq[AdapterKey]) -> None:
         """Adapters that come after those of the waiting line, nearest first."""
         self._upcoming = tuple(keys)
+        self._is_line_new = True
 
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_line_key)
         self._is_blocked = False
+        self._is_line_new = True
 
     def remove(self, sequence: Sequence) -> None:
         """Take `sequence` out, wherever it is; its tokens are in it afterwards."""
@@ -140,6 +152,7 @@ class Scheduler:
             assert self._waiting[at] is sequence, "a sequence without row must be in the waiting line"
             del self._waiting[at]
             self._is_blocked = False
+            self._is_line_new = True
 
     def end_row(self, row: int) -> Sequence:
         """Free a row, its pages and its adapter's pin."""
@@ -169,6 +182,9 @@ class Scheduler:
         While tokens are in flight, `must_settle` is False.
         """
         num_preempted = self._grow_decoding()
+        if self._is_line_new and self._residency.loads_ahead:
+            self._residency.set_upcoming(self._next_uses())
+            self._is_line_new = False
         if self._decode_order is None:
             decoding = np.flatnonzero(self._rows.is_decoding & ~self._rows.is_complete)
             self._decode_order = decoding[np.argsort(self._rows.adapter_index[decoding], kind="stable")]
@@ -231,7 +247,7 @@ class Scheduler:
                 victim = rank if victim is None or rank > victim else victim
         assert victim is not None, "pages ran out with no row running"
         assert not self._rows.is_pending[victim[2]], "a row is preempted with a token in flight"
-        insort(self._waiting, self.end_row(victim[2]), key=_line_key)
+        self.add(self.end_row(victim[2]))
 
     def _add_chunk(self, plan: StepPlan, row: int, budget: int) -> int:
         start = int(self._rows.num_computed[row])
@@ -244,6 +260,7 @@ class Scheduler:
         rows, pages = self._rows, self._pages
         skipped: list[Sequence] = []
         taken: list[int] = []  # positions in the line that leave it
+        is_reading = False
         for at, sequence in enumerate(self._waiting):
             if budget == 0 or rows.num_free == 0 or at == self._look_ahead:
                 break
@@ -258,6 +275,9 @@ class Scheduler:
                 taken.append(at)
                 continue
             if index is None:
+                if not self._is_ready(sequence):
+                    is_reading = True  # nobody's turn is lost: it is passed until it has been read
+                    continue
                 if sequence.num_skips >= self._max_skips:
                     break
                 skipped.append(sequence)
@@ -272,12 +292,16 @@ class Scheduler:
             if not sequence.is_announced:
                 plan.entering.append(sequence)
             budget -= self._add_chunk(plan, row, budget)
-        self._is_blocked = not taken
+        self._is_blocked = not taken and not is_reading
+        self._is_line_new |= bool(taken)
         if taken == list(range(len(taken))):
             del self._waiting[: len(taken)]
         else:
             for at in reversed(taken):
                 del self._waiting[at]
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return sequence.adapter is None or self._residency.is_ready(sequence.adapter)
 
     def _pin(self, sequence: Sequence) -> int | None:
         """Pin its adapter, loading it first where needed; its index, or None where it does not fit now."""
@@ -290,6 +314,8 @@ class Scheduler:
                 assert self._rows.num_used, "an adapter must fit when no row runs"
                 return None
             if not self._residency.is_resident(key):
+                if not self._residency.is_ready(key):
+                    return None
                 self._residency.set_upcoming(self._next_uses())
                 self._residency.load(key, sequence)
             self._residency.pin(key)

@@ -70,6 +70,18 @@ class TileLayout:
         shape = (self.num_layers, TILE_RANKS, width)
         return tiles[:, start : start + self.num_layers * TILE_RANKS * width].view(len(tiles), *shape)
 
+    def write(self, tile: Tensor, group: GroupShape, in_group: int, layer: int, a: Tensor, b: Tensor) -> None:
+        """Write one site of one layer. tile: [tile_elements], mutated. a: [r, in], b: [out, r], r at most 8."""
+        self.write_layers(tile, group, in_group, [layer], a.unsqueeze(0), b.unsqueeze(0))
+
+    def write_layers(
+        self, tile: Tensor, group: GroupShape, in_group: int, layers: list[int], a: Tensor, b: Tensor
+    ) -> None:
+        """Write one site of n layers. tile: [tile_elements], mutated. a: [n, r, in], b: [n, out, r], r at most 8."""
+        ranks = a.shape[1]
+        self.a_view(tile.unsqueeze(0), group)[0, :, :, in_group, :ranks][layers] = a.transpose(1, 2)
+        self.b_view(tile.unsqueeze(0), group, in_group)[0, :, :ranks][layers] = b.transpose(1, 2)
+
 
 def tile_layout(model: BaseModel) -> TileLayout:
     """The layout that this model's linear layers give."""
