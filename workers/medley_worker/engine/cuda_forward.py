@@ -30,7 +30,7 @@ from medley_worker.ops.greedy import greedy
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
 from medley_worker.ops.sampling import build_sampling_batch, sample
-from medley_worker.ops.sgmv import SgmvBatch
+from medley_worker.ops.sgmv import PREFILL_TOKENS, SgmvBatch, SgmvLora
 
 NUM_SLOTS = 2  # one step runs, the next is being launched
 RESULT_BYTES = 8 + 4 + 1  # a token id, its logprob, whether the row is bad
@@ -141,8 +141,8 @@ class CudaForward:
     def _launch(self, plan: StepPlan, sampled: Rows) -> CudaTicket:
         rows = self._rows
         contents = step_contents(plan, sampled, rows, self._buckets, self._kv.spare_page)
-        slot = self._send(contents)
         lora = self._lora(plan, contents)
+        slot = self._send(contents)
         is_plain = bool(rows.is_plain[sampled].all())
         if plan.chunks:
             num_rows, results = len(sampled), Results.cut(self._results, len(sampled))
@@ -248,7 +248,7 @@ class CudaForward:
         self._last_token.index_copy_(0, rows, drawn.token_ids)
 
     def _warm_up(self) -> None:
-        """Build every kernel, and capture base steps of each bucket, the largest first."""
+        """Build every kernel and capture the steps of each bucket, the largest first."""
         spare_row, spare_page = self._rows.num_rows, self._kv.spare_page
         contents = empty_contents(0, WARM_UP_CHUNK, spare_row, spare_page)
         slot = self._send(contents)
@@ -258,5 +258,8 @@ class CudaForward:
             contents = empty_contents(bucket, 0, spare_row, spare_page)
             slot = self._send(contents)
             self._decode(contents, None)
+            # Work lists of more rows have other items, which their first step captures.
+            if isinstance(self._adapters.lora, SgmvLora) and self._adapters.num_tiles and bucket < PREFILL_TOKENS:
+                self._decode(contents, self._adapters.lora.capture_batch())
             slot.done.record()
         torch.cuda.synchronize()
