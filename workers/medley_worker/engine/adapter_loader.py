@@ -46,6 +46,7 @@ class AdapterLoader:
         self._line: dict[AdapterKey, Wanted] = {}  # nearest first
         self._kept: set[AdapterKey] = set()  # the part of the line that fits within the limit
         self._at_work: set[AdapterKey] = set()
+        self._num_settled = 0  # pieces of work that have ended on threads
         self._is_closed = False
         self._threads: list[threading.Thread] = []
 
@@ -84,6 +85,7 @@ class AdapterLoader:
     def get(self, key: AdapterKey, source: AdapterSource) -> PackedAdapter:
         """The packed adapter, the caller's until `put_back`. Raises AdapterUnavailable."""
         with self._changed:
+            self._changed.wait_for(lambda: key not in self._at_work)
             if key in self._failures:
                 raise self._failures.pop(key)
             packed = self._copies.take(key)
@@ -107,9 +109,10 @@ class AdapterLoader:
             self._keep(key, packed)
 
     def drop(self, key: AdapterKey) -> None:
-        """Forget a copy, and that it could not be made."""
+        """Forget a copy, and that it could not be made. Waits for a thread that is at it."""
         with self._changed:
             self._line.pop(key, None)
+            self._changed.wait_for(lambda: key not in self._at_work)
             self._copies.drop(key)
             self._sources.pop(key, None)
             self._failures.pop(key, None)
@@ -118,9 +121,9 @@ class AdapterLoader:
     def wait(self, timeout_s: float) -> None:
         """Wait until one more adapter is ready, or `timeout_s` have passed; at once if none is on its way."""
         with self._changed:
-            before = self._num_settled()
+            before = self._num_settled
             if self._at_work or self._next() is not None:
-                self._changed.wait_for(lambda: self._num_settled() != before, timeout_s)
+                self._changed.wait_for(lambda: self._num_settled != before, timeout_s)
 
     def close(self) -> None:
         """End the threads. May be called twice."""
@@ -134,9 +137,6 @@ class AdapterLoader:
     def check_integrity(self) -> None:
         with self._changed:
             self._copies.check_integrity()
-
-    def _num_settled(self) -> tuple[int, int]:
-        return (sum(key in self._copies for key in self._line), len(self._failures))
 
     def _keep_nearest(self) -> None:
         """The nearest of the line, as many as the limit holds; the first one whatever it takes."""
@@ -189,6 +189,7 @@ class AdapterLoader:
             failure = AdapterUnavailable(f"{item.path} could not be loaded: {type(error).__name__}: {error}")
         with self._changed:
             self._at_work.remove(item.key)
+            self._num_settled += 1
             if failure is not None and item.key in self._line:
                 self._failures[item.key] = failure
             self._changed.notify_all()
