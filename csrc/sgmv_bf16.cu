@@ -1,0 +1,7 @@
+#include "sgmv_pick.cuh"
+
+namespace medley {
+
+Kernel pick_bf16(int block_rows, Step step) { return pick<__nv_bfloat16>(block_rows, step); }
+
+}  // namespace medley

@@ -1,0 +1,154 @@
+"""The library built from csrc, as typed functions over addresses: structures, loading, errors. No tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+
+import numpy as np
+import torch
+
+from medley_worker.ops.build import library
+
+MAX_SITES, MAX_TILES = 3, 16
+MODES = {"fused": 0, "planes": 1, "bulk": 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_ABI = 1
+_ERROR_BYTES = 512
+
+# MedleyItem of csrc/medley.h.
+ITEM = np.dtype(
+    [
+        ("row_start", np.int32),
+        ("num_rows", np.int32),
+        ("num_tiles", np.int32),
+        ("site_mask", np.int32),
+        ("scales", np.int64),
+        ("tiles", np.int64, (MAX_TILES,)),
+    ]
+)
+
+
+class KernelError(RuntimeError):
+    """A kernel refused its arguments or could not be launched."""
+
+
+class Group(ctypes.Structure):
+    """MedleyGroup of csrc/medley.h."""
+
+    _fields_ = (
+        ("in_features", c_int32),
+        ("num_sites", c_int32),
+        ("out_features", c_int32 * MAX_SITES),
+        ("first_site", c_int32),
+        ("model_sites", c_int32),
+        ("num_layers", c_int32),
+    )
+
+
+class Call(ctypes.Structure):
+    """MedleyCall of csrc/medley.h."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("y_stride", c_int64),
+        ("x_stride", c_int64),
+        ("items", c_void_p),
+        ("header", c_void_p),
+        ("max_items", c_int32),
+        ("layer", c_int32),
+        ("dtype", c_int32),
+        ("block_rows", c_int32),
+        ("mode", c_int32),
+        ("pdl", c_int32),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_int64),
+    )
+
+
+class Kernels:
+    """The loaded library."""
+
+    def __init__(self, path: str) -> None:
+        handle = ctypes.CDLL(path)
+        found = handle.medley_abi()
+        if found != _ABI:
+            raise KernelError(f"{path}: got ABI {found}, wanted {_ABI}")
+        self._error = ctypes.create_string_buffer(_ERROR_BYTES)
+        error = (c_char_p, c_int64)
+        self._sgmv = handle.medley_sgmv
+        self._sgmv.argtypes = (POINTER(Group), POINTER(Call), c_void_p, *error)
+        self._workspace = handle.medley_sgmv_workspace
+        self._workspace.argtypes, self._workspace.restype = (POINTER(Group), c_int32, c_int32, c_int32), c_int64
+        self._room = handle.medley_sgmv_room
+        self._room.argtypes = (POINTER(Group), c_int32, c_int32, POINTER(c_int32), POINTER(c_int32), *error)
+        self._greedy = handle.medley_greedy
+        self._greedy.argtypes = (
+            c_void_p,
+            c_int64,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            *error,
+        )
+
+    def sgmv(self, group: Group, call: Call, stream: int) -> None:
+        """Launch on `stream`. Raises KernelError naming the argument that is wrong."""
+        self._check(self._sgmv(byref(group), byref(call), stream, self._error, _ERROR_BYTES))
+
+    def workspace_bytes(self, group: Group, max_items: int, block_rows: int, mode: int) -> int:
+        return int(self._workspace(byref(group), max_items, block_rows, mode))
+
+    def room(self, group: Group, block_rows: int, mode: int) -> tuple[int, int]:
+        """(Parts of items that the current device works on at once, column blocks that a part should hold)."""
+        parts, column_blocks = c_int32(), c_int32()
+        self._check(
+            self._room(byref(group), block_rows, mode, byref(parts), byref(column_blocks), self._error, _ERROR_BYTES)
+        )
+        return parts.value, column_blocks.value
+
+    def greedy(
+        self,
+        logits: int,
+        num_rows: int,
+        vocab_size: int,
+        tokens: int,
+        logprobs: int,
+        is_bad: int,
+        row_map: int | None,
+        last_token: int | None,
+        stream: int,
+    ) -> None:
+        """Addresses of device memory, as csrc/medley.h has them. Raises KernelError."""
+        self._check(
+            self._greedy(
+                logits,
+                num_rows,
+                vocab_size,
+                tokens,
+                logprobs,
+                is_bad,
+                row_map,
+                last_token,
+                stream,
+                self._error,
+                _ERROR_BYTES,
+            )
+        )
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise KernelError(self._error.value.decode(errors="replace"))
+
+
+@cache
+def kernels(device_index: int) -> Kernels:
+    """The library for a CUDA device; built at first use where it is not there. Raises BuildFailed, KernelError."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return Kernels(str(library(f"{major}{minor}")))
