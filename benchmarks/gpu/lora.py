@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -78,7 +79,7 @@ def main(run: Run) -> None:
             say(f"left out: rank {rank}, batch {batch}, {popularity}: {short}")
             continue
         if batch not in graphs:
-            graphs[batch] = timer.capture(lambda num_rows=batch, work=work: sites.step(num_rows, work))  # type: ignore[misc]
+            graphs[batch] = timer.capture(partial(sites.step, batch, work))
         figure.add(
             {
                 "rank": rank,

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.shapes import adapter_weight_bytes
 from medley.spec.base_models import BaseModel
 from medley_worker.ops.lora_stage import SITES, TILE_RANKS, AdapterTiles
 from medley_worker.ops.sgmv import SgmvBatch, SgmvLora, sgmv_apply
-from medley_worker.ops.sgmv_layout import fragment_layout, random_tiles
+from medley_worker.ops.sgmv_layout import FragmentLayout, fragment_layout, random_tiles
 
 WEIGHT_STD = 0.02
 SCALE = 2.0**-10  # so small that the values, added to again and again, stay finite over thousands of replays
 RESERVE_BYTES = 6 << 30  # activations, the buffer that empties the L2, the context
+
+
+MakeLora = Callable[[FragmentLayout, Tensor, int, int], SgmvLora]
 
 
 class TilesShort(Exception):
@@ -36,7 +40,8 @@ class LoraSites:
         free, _ = torch.cuda.mem_get_info()
         self.num_tiles = min(num_tiles, (free - RESERVE_BYTES) // tile_bytes - 1)
         pool = random_tiles(self.layout, self.num_tiles + 1, torch.bfloat16, "cuda", WEIGHT_STD)
-        self.lora = SgmvLora(self.layout, pool, max_tokens, max_adapters)
+        self._pool, self._max_tokens, self._max_adapters = pool, max_tokens, max_adapters
+        self.use(SgmvLora)
         self._scales = torch.full((model.num_layers, len(SITES)), SCALE, device="cuda")
         self._load_ids = itertools.count()
         widths = {group.name: sum(group.out_features) for group in self.layout.groups}
@@ -45,6 +50,10 @@ class LoraSites:
             for name, width in widths.items()
         }
         self._y["down"].normal_()
+
+    def use(self, make: MakeLora) -> None:
+        """Measure this variant of SGMV from here on."""
+        self.lora = make(self.layout, self._pool, self._max_tokens, self._max_adapters)
 
     def tiles_needed(self, ranks: Sequence[int]) -> int:
         """Tiles of adapters of these ranks on all sites."""
@@ -70,8 +79,11 @@ class LoraSites:
         assert batch is not None, "every row has an adapter"
         return batch
 
-    def step(self, num_rows: int, batch: SgmvBatch) -> None:
-        """All sites of a decode step in the model's order, each reading what the one before it wrote."""
+    def step(self, num_rows: int, batch: SgmvBatch, groups: Sequence[str] = ()) -> None:
+        """All sites of a decode step in the model's order, each reading what the one before it wrote.
+
+        groups: these alone; none: all.
+        """
         hidden, inner = self.model.hidden_size, self.model.intermediate_size
         q_out = self.model.num_heads * self.model.head_dim
         y = {name: tensor[:num_rows] for name, tensor in self._y.items()}
@@ -82,8 +94,8 @@ class LoraSites:
             "down": y["gate_up"][:, :inner],
         }
         for layer in range(self.model.num_layers):
-            for group, x in inputs.items():
-                sgmv_apply(y[group], x, group, layer, batch)
+            for group in groups or inputs:
+                sgmv_apply(y[group], inputs[group], group, layer, batch)
 
     def floor_bytes(self, ranks: Sequence[int]) -> int:
         """Weight bytes that a step reads at the least: each adapter's once."""

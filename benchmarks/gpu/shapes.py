@@ -48,6 +48,17 @@ def base_model(name: str, folder: Path) -> BaseModel:
     return read_base_model(write_config(name, folder), need_weights=False)
 
 
+def weight_bytes(model: BaseModel, itemsize: int = 2) -> int:
+    """Bytes of the model's matrices, embedding and lm_head apart."""
+    per_layer = sum(site.in_features * site.out_features for site in linear_sites(model))
+    return (model.num_layers * per_layer + 2 * model.vocab_size * model.hidden_size) * itemsize
+
+
+def kv_bytes(model: BaseModel, num_tokens: int, itemsize: int = 2) -> int:
+    """Bytes of keys and values of so many tokens."""
+    return num_tokens * model.num_layers * 2 * model.num_kv_heads * model.head_dim * itemsize
+
+
 def adapter_weight_bytes(model: BaseModel, rank: int, itemsize: int = 2) -> int:
     """Bytes of A and B of an adapter of all seven projections."""
     per_layer = sum(site.in_features + site.out_features for site in linear_sites(model))

@@ -1,0 +1,196 @@
+"""`step.json`: a whole decode step through the public Engine, host included.
+
+ms: the time of 200 new tokens less that of 40, over 160, for prompts of 64 tokens; median of three. The mean
+context of those steps is 184 tokens. host_ms: the engine's own time a step in which it did not wait for the device.
+graph_ms: device time of a decode step (the union of its kernels' times as the profiler has them), with
+--device-time, after all rows are timed; null without. floor_ms: `floors.step_floor_s`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.engines import Timed, requests_of, resident_bytes, running_engine, timed_generate
+from benchmarks.gpu.floors import step_floor_s
+from benchmarks.gpu.peft_files import RANK, AdapterFiles, adapter_files
+from benchmarks.gpu.results import Figure, Row, Run, part_options
+from benchmarks.gpu.shapes import CONFIGS, base_model, kv_bytes, weight_bytes
+from benchmarks.gpu.workloads import SEED, Job, adapter_counts, adapter_rows
+from benchmarks.record import say
+from medley.spec.base_models import BaseModel
+from medley_worker import Engine
+
+KEY = ("model", "batch", "lora")
+BATCHES = (32, 64, 1, 8, 16, 128, 256)
+LORAS = ("none", "distinct", "identical", "uniform")
+PROMPT, SHORT, LONG, ROUNDS = 64, 40, 200, 3
+CTX = PROMPT + (SHORT + LONG) // 2
+MAX_MODEL_LEN = PROMPT + LONG + 8
+PROFILED = (40, 56)  # new tokens of the two profiled runs
+ACTIVATION_BYTES = 8 << 30  # of a step, of graphs, of the libraries: what adapters and KV cache must leave
+START_S = 60.0  # of an engine, its adapters' files and the first step
+PROFILE_S = 6.0  # of a row's two profiled runs
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    model: str
+    batch: int
+    lora: str
+
+    @property
+    def adapter_rows(self) -> list[int]:
+        return [] if self.lora == "none" else sorted(adapter_rows(self.batch, self.lora))
+
+    @property
+    def counts(self) -> list[int]:
+        return [] if self.lora == "none" else adapter_counts(self.batch, self.lora)
+
+    def row(self, figure: Figure) -> Row | None:
+        return figure.get(model=self.model, batch=self.batch, lora=self.lora)
+
+    def is_wanted(self, figure: Figure) -> bool:
+        return figure.wants(model=self.model, batch=self.batch, lora=self.lora)
+
+    def lacks_device_time(self, figure: Figure) -> bool:
+        row = self.row(figure)
+        return row is not None and row["graph_ms"] is None
+
+    def jobs(self, num_new: int, vocab_size: int) -> list[Job]:
+        rng = np.random.default_rng(SEED)
+        adapters: list[int | None] = [*self.adapter_rows] or [None] * self.batch
+        return [Job(tuple(rng.integers(10, vocab_size - 10, PROMPT).tolist()), num_new, a) for a in adapters]
+
+
+class ModelRows:
+    """All rows of one model, over one engine."""
+
+    def __init__(self, engine: Engine, model: BaseModel, files: AdapterFiles) -> None:
+        self._engine, self._model, self._files = engine, model, files
+
+    def generate(self, case: Case, num_new: int) -> Timed:
+        return timed_generate(self._engine, requests_of(case.jobs(num_new, self._model.vocab_size), self._files))
+
+    def measure(self, case: Case) -> Row:
+        self.generate(case, SHORT)  # loads adapters, captures what a first step captures
+        pairs = [(self.generate(case, SHORT), self.generate(case, LONG)) for _ in range(ROUNDS)]
+        step_s = statistics.median((long.seconds - short.seconds) / (LONG - SHORT) for short, long in pairs)
+        host_s = statistics.median(long.host_s / long.steps for _, long in pairs)
+        return {
+            "model": case.model,
+            "batch": case.batch,
+            "lora": case.lora,
+            "adapters": len(case.counts),
+            "ctx": CTX,
+            "ms": round(step_s * 1e3, 3),
+            "graph_ms": None,
+            "floor_ms": round(self.floor_s(case) * 1e3, 3),
+            "host_ms": round(host_s * 1e3, 3),
+        }
+
+    def floor_s(self, case: Case) -> float:
+        return step_floor_s(self._model, case.batch, ctx=CTX, adapter_rows=case.counts, rank=RANK)
+
+    def device_ms(self, case: Case) -> float | None:
+        """Device time of a decode step, or None where the profiler sees no kernels."""
+        busy = []
+        for num_new in PROFILED:
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                self.generate(case, num_new)
+                torch.cuda.synchronize()
+            events = [e.time_range for e in trace.events() if e.device_type == DeviceType.CUDA]
+            busy.append(busy_us((e.start, e.end) for e in events))
+        if busy[0] == 0:
+            return None
+        return round((busy[1] - busy[0]) / (PROFILED[1] - PROFILED[0]) / 1e3, 3)
+
+
+def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals: kernels may overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        if end > reached:
+            total += end - max(start, reached)
+            reached = end
+    return total
+
+
+def room_for(cases: list[Case], model: BaseModel) -> tuple[int, int]:
+    """(rows, resident adapters) of an engine for these cases; fewer adapters than they have where memory is short."""
+    num_rows = max(case.batch for case in cases)
+    free, _ = torch.cuda.mem_get_info()
+    left = free - weight_bytes(model) - kv_bytes(model, num_rows * (MAX_MODEL_LEN + 16)) - ACTIVATION_BYTES
+    return num_rows, max(0, min(max(len(case.counts) for case in cases), left // resident_bytes(model, 1)))
+
+
+@contextmanager
+def rows_of(name: str, cases: list[Case]) -> Iterator[tuple[ModelRows, list[Case]]]:
+    """An engine for these cases of a model, and those of them that its adapter memory is large enough for."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = base_model(name, Path(folder))
+        num_rows, num_adapters = room_for(cases, model)
+        fitting = [case for case in cases if len(case.counts) <= num_adapters]
+        for case in cases:
+            if case not in fitting:
+                say(f"left out: {case}: there is memory for {num_adapters} adapters")
+        with (
+            adapter_files(model) as files,
+            running_engine(
+                name,
+                Path(folder),
+                max_num_seqs=num_rows,
+                max_model_len=MAX_MODEL_LEN,
+                adapter_bytes=resident_bytes(model, num_adapters),
+            ) as engine,
+        ):
+            yield ModelRows(engine, model, files), fitting
+
+
+def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool) -> None:
+    """All wanted rows of a model, while the budget lasts."""
+    every = [Case(name, batch, lora) for batch, lora in itertools.product(BATCHES, LORAS)]
+    cases = [case for case in every if case.is_wanted(figure) or (device_time and case.lacks_device_time(figure))]
+    if not cases or not run.has_time_for(START_S):
+        return
+    with rows_of(name, cases) as (rows, fitting):
+        for case in fitting:
+            if case.is_wanted(figure):
+                if not run.has_time_for(2 * ROUNDS * (SHORT + LONG) * rows.floor_s(case)):
+                    return
+                figure.add(rows.measure(case))
+        # The profiler slows what comes after it, so it comes last.
+        for case in fitting if device_time else []:
+            row = case.row(figure)
+            if row is not None and case.lacks_device_time(figure):
+                if not run.has_time_for(PROFILE_S):
+                    return
+                figure.add(row | {"graph_ms": rows.device_ms(case)})
+
+
+@click.command()
+@click.option("--models", default=",".join(CONFIGS), show_default=True, help="Which models, in this order.")
+@click.option("--device-time", is_flag=True, help="Profile the decode step's device time as well.")
+@part_options
+def main(run: Run, models: str, device_time: bool) -> None:
+    """Measure whole decode steps."""
+    figure = Figure("step", KEY, run, notes=["bf16, random weights, adapters of rank 16 on all seven projections"])
+    for name in models.split(","):
+        if name not in CONFIGS:
+            raise click.BadParameter(f"got {name!r}, wanted some of {', '.join(CONFIGS)}", param_hint="--models")
+        measure_model(name, run, figure, device_time=device_time)
+
+
+if __name__ == "__main__":
+    main()
