@@ -207,7 +207,9 @@ class Event:
 
 
 @contextmanager
-def cuda_forward(monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> Iterator[Callable[..., Any]]:
+def cuda_forward(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, is_invariant: bool = False
+) -> Iterator[Callable[..., Any]]:
     """Within it: a function with ModelForward's arguments that gives a CudaForward of stand-ins."""
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer())
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -244,7 +246,8 @@ def cuda_forward(monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> Iterator[C
             return latest[0]
 
         monkeypatch.setattr(cache, "lora_batch", kept_lora_batch)
-        return forward.CudaForward(decoder, paged, cache, rows, scheduler, max_tokens=max_tokens)
+        given = (decoder, paged, cache, rows, scheduler)
+        return forward.CudaForward(*given, max_tokens=max_tokens, is_invariant=is_invariant)
 
     yield build
     for name in LOADED_WITH_CUDA:

@@ -62,15 +62,15 @@ def run(model_dir: Path, adapters: dict[str, Path], requests: list[Request]) -> 
     return completions, preemptions
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+@pytest.mark.parametrize(("kind", "is_invariant"), [("mistral", False), ("qwen3", False), ("mistral", True)])
 def test_a_step_ahead_the_tokens_are_those_of_one_step_at_a_time(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, is_invariant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_dir = tiny.make_model(kind, tmp_path / "model")
     adapters = tiny.make_adapters(model_dir, tmp_path)
     requests = mixed_requests(list(adapters))
     expected, _ = run(model_dir, adapters, requests)
-    with cuda_forward(monkeypatch, MAX_TOKENS) as build:
+    with cuda_forward(monkeypatch, MAX_TOKENS, is_invariant) as build:
         monkeypatch.setattr(assembly, "ModelForward", build)
         found, preemptions = run(model_dir, adapters, requests)
     assert preemptions > 0 or kind != "mistral", "pages were to run out"

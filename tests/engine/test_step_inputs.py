@@ -18,6 +18,7 @@ from medley_worker.engine.step_inputs import (
     row_buckets,
     step_contents,
 )
+from medley_worker.engine.token_passes import token_passes
 
 PAGE, SPARE_PAGE = 4, 99
 
@@ -70,6 +71,7 @@ def test_decode_rows_come_first_padded_with_rows_of_the_spare_page() -> None:
     assert (contents.num_decode_rows, contents.num_real_rows) == (4, 3)
     assert contents.token_ids.tolist() == [NO_TOKEN, 5, 108, 0, 300, 301, 302, 303, 304]
     assert contents.token_rows.tolist() == [2, 0, 1, 6]
+    assert contents.sequence_rows.tolist() == [2, 0, 1, 6, 3]
     assert contents.num_new.tolist() == [1, 1, 1, 1, 5]
     assert contents.kv_len.tolist() == [10, 6, 9, 1, 5]
     assert contents.kv_indices.tolist() == [20, 21, 22, 0, 1, 10, 11, 12, SPARE_PAGE, 30, 31]
@@ -118,3 +120,23 @@ def test_a_step_of_padding_touches_the_spare_page_alone() -> None:
         assert set(contents.kv_indices.tolist()) == {SPARE_PAGE}
         assert contents.num_tokens == num_rows + chunk_len
         assert LAYOUT.write(contents, np.zeros(LAYOUT.num_ints, np.int32), PAGE) <= LAYOUT.num_ints
+
+
+def test_passes_hold_every_token_once_as_a_decode_row_of_its_own() -> None:
+    rows = filled_rows()
+    plan = StepPlan(np.array([2, 0, 1]), [Chunk(3, 0, 7, is_last=True)])
+    passes = list(token_passes(plan, rows, 4, SPARE_PAGE))
+    assert [p.num_real_rows for p in passes] == [4, 4, 2]
+    assert all(p.num_decode_rows == p.num_tokens == p.num_sequences == 4 for p in passes)
+    assert [p.token_ids.tolist() for p in passes] == [
+        [NO_TOKEN, 5, 108, 300],
+        [301, 302, 303, 304],
+        [305, 306, 0, 0],
+    ]
+    assert [p.kv_len.tolist() for p in passes] == [[10, 6, 9, 1], [2, 3, 4, 5], [6, 7, 1, 1]]
+    assert passes[1].kv_indices.tolist() == [30, 30, 30, 30, 31]
+    assert passes[2].kv_indices.tolist() == [30, 31, 30, 31, SPARE_PAGE, SPARE_PAGE]
+    assert [p.token_rows.tolist() for p in passes] == [[2, 0, 1, 6], [6, 6, 6, 6], [6, 3, 6, 6]]
+    assert [p.sequence_rows.tolist() for p in passes] == [[2, 0, 1, 3], [3, 3, 3, 3], [3, 3, 6, 6]]
+    assert [p.logit_rows.tolist() for p in passes] == [[0, 1, 2], [], [1]]
+    assert np.concatenate([p.sampled_rows for p in passes]).tolist() == plan.sampled_rows().tolist()

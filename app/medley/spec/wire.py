@@ -41,6 +41,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     adapter_host_bytes: host memory for adapters that are read and not on the device, or may leave it.
     max_tpot_ms: what the time per output token is held to, None: the most tokens a second.
+    batch_invariant: tokens and log-probabilities depend on no neighbour, bit by bit; slower on CUDA. A CPU in float32
+    gives that always.
     """
 
     model_dir: str
@@ -57,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     adapter_host_bytes: int | None = None
     max_tpot_ms: float | None = None
+    batch_invariant: bool = False
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------

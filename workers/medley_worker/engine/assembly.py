@@ -88,18 +88,25 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         forward = NullForward(rows, model.vocab_size)
     else:
         kv = decoder.new_kv_cache(sizes.num_pages)
-        forward = _forward(decoder, kv, cache, rows, scheduler, sizes)
+        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant)
     return Parts(model, sizes, rows, pages, residency, scheduler, forward)
 
 
 def _forward(
-    decoder: Decoder, kv: KVCache, cache: AdapterCache, rows: RowTable, scheduler: Scheduler, sizes: EngineSizes
+    decoder: Decoder,
+    kv: KVCache,
+    cache: AdapterCache,
+    rows: RowTable,
+    scheduler: Scheduler,
+    sizes: EngineSizes,
+    is_invariant: bool,
 ) -> Forward:
     if decoder.device.type == "cuda":
         # FlashInfer is installed where there is CUDA.
         from medley_worker.engine.cuda_forward import CudaForward
 
-        return CudaForward(decoder, kv, cache, rows, scheduler, max_tokens=sizes.max_num_batched_tokens)
+        max_tokens = sizes.max_num_batched_tokens
+        return CudaForward(decoder, kv, cache, rows, scheduler, max_tokens=max_tokens, is_invariant=is_invariant)
     return ModelForward(decoder, kv, cache, rows, scheduler)
 
 

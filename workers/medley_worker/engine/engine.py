@@ -69,6 +69,7 @@ class Engine:
         seed: int = 0,
         adapter_host_bytes: int | None = None,
         max_tpot_ms: float | None = None,
+        batch_invariant: bool = False,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
 
@@ -76,7 +77,7 @@ class Engine:
         adapter_slots: room for this many adapters of the largest rank. load_format "random" needs config.json
         alone. seed: of random weights, and of the seeds drawn for requests that bring none. adapter_host_bytes:
         memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
-        rows at once.
+        rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost.
         """
         return cls(
             EngineConfig(
@@ -93,6 +94,7 @@ class Engine:
                 seed=seed,
                 adapter_host_bytes=adapter_host_bytes,
                 max_tpot_ms=max_tpot_ms,
+                batch_invariant=batch_invariant,
             )
         )
 

@@ -50,7 +50,8 @@ class StepContents:
     num_decode_rows: int  # padded
     num_real_rows: int  # of which are rows of sequences
     token_ids: Int32s  # [T]; NO_TOKEN: the device has it, as the row's last token
-    token_rows: Ints  # [num_decode_rows] the row behind each decode row; the spare one where padded
+    sequence_rows: Ints  # [B] the row behind each sequence; the spare one where padded
+    token_rows: Ints  # [num_decode_rows] where each decode row's last token is kept; the spare row where it has none
     num_new: Ints  # [B]
     kv_len: Ints  # [B] with the new tokens
     kv_indices: Int32s  # pages, sequence by sequence
@@ -82,17 +83,19 @@ def step_contents(
     token_ids = [np.where(rows.is_pending[decode], NO_TOKEN, newest), np.zeros(num_padded, np.int32)]
     token_ids += [rows.token_ids[c.row, c.start : c.start + c.num_tokens] for c in plan.chunks]
     kv_indices = [
-        _held_pages(rows, decode, num_pages[: len(decode)]),
+        held_pages(rows, decode, num_pages[: len(decode)]),
         np.full(num_padded, spare_page, np.int32),
-        _held_pages(rows, chunk_rows, num_pages[bucket:]),
+        held_pages(rows, chunk_rows, num_pages[bucket:]),
     ]
     is_last = np.array([chunk.is_last for chunk in plan.chunks], np.bool_)
     chunk_ends = bucket + np.cumsum(chunk_new)
+    padding = np.full(num_padded, rows.num_rows, np.int64)
     return StepContents(
         num_decode_rows=bucket,
         num_real_rows=len(decode),
         token_ids=np.concatenate(token_ids),
-        token_rows=np.concatenate([decode, np.full(num_padded, rows.num_rows, np.int64)]),
+        sequence_rows=np.concatenate([decode, padding, chunk_rows]),
+        token_rows=np.concatenate([decode, padding]),
         num_new=np.concatenate([np.ones(bucket, np.int64), chunk_new]),
         kv_len=kv_len,
         kv_indices=np.concatenate(kv_indices),
@@ -110,6 +113,7 @@ def empty_contents(num_decode_rows: int, chunk_len: int, spare_row: int, spare_p
         num_decode_rows=num_decode_rows,
         num_real_rows=0,
         token_ids=np.zeros(num_decode_rows + chunk_len, np.int32),
+        sequence_rows=np.full(len(num_new), spare_row, np.int64),
         token_rows=np.full(num_decode_rows, spare_row, np.int64),
         num_new=num_new,
         kv_len=num_new,
@@ -119,7 +123,7 @@ def empty_contents(num_decode_rows: int, chunk_len: int, spare_row: int, spare_p
     )
 
 
-def _held_pages(rows: RowTable, of: Rows, num_pages: Ints) -> Int32s:
+def held_pages(rows: RowTable, of: Rows, num_pages: Ints) -> Int32s:
     """The first num_pages [n] pages of each row, one after the other."""
     if len(of) == 0:
         return np.zeros(0, np.int32)
