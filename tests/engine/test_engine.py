@@ -287,6 +287,8 @@ def test_sizes_that_cannot_work_are_refused_by_name(tiny_model: Path) -> None:
         "max_model_len": 10**6,
         "max_num_batched_tokens": 0,
         "adapter_slots": -1,
+        "adapter_host_bytes": -1,
+        "max_tpot_ms": 0,
         "dtype": "int8",
         "device": "abacus",
     }

@@ -15,6 +15,7 @@ from medley.spec.peft_config import MAX_RANK
 from medley.spec.wire import EngineConfig
 from medley_worker.engine.adapters import AdapterCache, layout_for
 from medley_worker.engine.forward import Forward, NullForward
+from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
 from medley_worker.engine.residency import CachedResidency
 from medley_worker.engine.rows import RowTable
@@ -40,6 +41,7 @@ class Parts:
     residency: CachedResidency
     scheduler: Scheduler
     forward: Forward
+    pace: Pace | None
 
 
 def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) -> Parts:
@@ -82,14 +84,15 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)
     pages = PagePool(sizes.num_pages, sizes.page_size)
     residency = CachedResidency(cache, announce)
-    scheduler = Scheduler(rows, pages, residency, max_tokens=sizes.max_num_batched_tokens)
+    pace = None if config.max_tpot_ms is None else Pace(config.max_tpot_ms, sizes.max_num_seqs)
+    scheduler = Scheduler(rows, pages, residency, max_tokens=sizes.max_num_batched_tokens, pace=pace)
     forward: Forward
     if decoder is None:
         forward = NullForward(rows, model.vocab_size)
     else:
         kv = decoder.new_kv_cache(sizes.num_pages)
         forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant)
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward)
+    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace)
 
 
 def _forward(

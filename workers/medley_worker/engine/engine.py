@@ -302,7 +302,9 @@ class Engine:
         for row in drawn.bad_rows:
             error = JobError(code=ErrorCode.NUMERICAL, message="the model's logits hold NaN")
             outputs.append(self._end(row, None, error))
-        rows = self._parts.rows
+        rows, pace = self._parts.rows, self._parts.pace
+        if pace is not None:
+            pace.observe(drawn.time.num_decode_rows, drawn.time.num_prompt_tokens, drawn.time.elapsed_s)
         self._counters.generated_tokens += len(drawn.rows)
         is_over = drawn.is_stop | drawn.is_long
         is_told = is_over | rows.is_streamed[drawn.rows]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medley.spec.errors import JobError
+from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
 from medley_worker.engine.rows import Rows, RowTable
 from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
@@ -83,9 +84,12 @@ class Scheduler:
     """Continuous batching over `rows` and `pages`.
 
     max_tokens: token budget of a step; at least the number of rows, so that prompts always progress.
+    pace: what holds the time per output token to a bound; None for the most tokens a second.
     """
 
-    def __init__(self, rows: RowTable, pages: PagePool, residency: Residency, *, max_tokens: int) -> None:
+    def __init__(
+        self, rows: RowTable, pages: PagePool, residency: Residency, *, max_tokens: int, pace: Pace | None = None
+    ) -> None:
         if max_tokens < rows.num_rows:
             raise ValueError(
                 f"max_num_batched_tokens: got {max_tokens}, wanted at least max_num_seqs ({rows.num_rows})"
@@ -94,6 +98,7 @@ class Scheduler:
         self._pages = pages
         self._residency = residency
         self._max_tokens = max_tokens
+        self._pace = pace
         # Who is skipped this often, because its adapter did not fit, is passed no more: rows drain until it
         # fits.
         self._max_skips = 2 * rows.num_rows
@@ -189,13 +194,13 @@ class Scheduler:
             decoding = np.flatnonzero(self._rows.is_decoding & ~self._rows.is_complete)
             self._decode_order = decoding[np.argsort(self._rows.adapter_index[decoding], kind="stable")]
         plan = StepPlan(self._decode_order, num_preempted=num_preempted)
-        budget = self._max_tokens - len(self._decode_order)
+        budget = self._prompt_budget(len(self._decode_order))
         for row in self._prefilling:
             if budget == 0:
                 break
             budget -= self._add_chunk(plan, row, budget)
         # Pages that a preemption freed are for the rows that go on, not for the one just preempted.
-        if budget and self._waiting and not self._is_blocked and not num_preempted:
+        if budget and self._waiting and not self._is_blocked and not num_preempted and self._has_row:
             self._admit(plan, budget)
         if len(plan.chunks) > 1:
             plan.chunks.sort(key=lambda chunk: int(self._rows.adapter_index[chunk.row]))
@@ -217,6 +222,20 @@ class Scheduler:
         if self._rows.is_complete[sampled].any():
             self._decode_order = None
         return places
+
+    @property
+    def _has_row(self) -> bool:
+        """Whether one more sequence may run."""
+        if self._pace is not None and self._rows.num_used >= self._pace.max_rows:
+            return False
+        return self._rows.num_free > 0
+
+    def _prompt_budget(self, num_decode_rows: int) -> int:
+        """Tokens of prompts that fit into a step beside its decode rows."""
+        budget = self._max_tokens - num_decode_rows
+        if self._pace is not None and num_decode_rows:
+            budget = min(budget, self._pace.prompt_tokens)
+        return budget
 
     def _is_full(self) -> npt.NDArray[np.bool_]:
         is_full: npt.NDArray[np.bool_] = self._rows.num_computed == self._rows.num_pages * self._rows.page_size
@@ -262,7 +281,7 @@ class Scheduler:
         taken: list[int] = []  # positions in the line that leave it
         is_reading = False
         for at, sequence in enumerate(self._waiting):
-            if budget == 0 or rows.num_free == 0 or at == self._look_ahead:
+            if budget == 0 or not self._has_row or at == self._look_ahead:
                 break
             num_pages = pages.num_needed(sequence.num_tokens)
             # Each running row wants another page soon: leave it one, so that admission forces no preemption.
