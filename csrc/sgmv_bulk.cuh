@@ -19,7 +19,8 @@ constexpr int kSlices = 8;
 constexpr int kGroup = 4;               // (tile, site) pairs, or tiles, in one stage at the most
 constexpr int kDepth = 2;               // blocks of a stage that a warp works on: of K, or of columns
 constexpr int kStep = kDepth * kWarps;  // blocks of K or of columns in one stage
-constexpr int kStages = 2, kStageBytes = kGroup * kStep * kBlockBytes;
+constexpr int kCopyBytes = kStep * kBlockBytes;  // of one pair or tile in a stage
+constexpr int kMaxStages = 12;
 // Thread blocks on a multiprocessor. Four small ones hide each other's waits better than two large ones.
 template <int MT>
 constexpr int kResident = MT == 1 ? 4 : 2;
@@ -28,18 +29,20 @@ inline __device__ unsigned address_of(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// A ring of stages with a barrier for "full" and one for "empty" each.
+// A ring of stages with a barrier for "full" and one for "empty" each. A stage holds `group` pairs or tiles, so that
+// the whole of it is in flight whatever the ranks are; bytes: of the ring.
 struct Ring {
   unsigned data, full, empty;  // shared addresses
-  int stage = 0, phase = 0;
+  int stage_bytes, num_stages, stage = 0, phase = 0;
 
-  __device__ explicit Ring(void* memory)
-      : data(address_of(memory)), full(data + kStages * kStageBytes), empty(full + kStages * 8) {}
-  static constexpr int kBytes = kStages * kStageBytes + 2 * kStages * 8 + 16;
+  __device__ Ring(void* memory, int bytes, int group)
+      : data(address_of(memory)), full(data + bytes), empty(full + kMaxStages * 8), stage_bytes(group * kCopyBytes),
+        num_stages(min(kMaxStages, bytes / stage_bytes)) {}
+  static constexpr int kBarrierBytes = 2 * kMaxStages * 8;
 
   __device__ void init() {
 #if __CUDA_ARCH__ >= 900
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < num_stages; ++s) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + s * 8) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + s * 8), "r"(kWarps) : "memory");
     }
@@ -47,7 +50,7 @@ struct Ring {
 #endif
   }
   __device__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+    if (++stage == num_stages) stage = 0, phase ^= 1;
   }
   static __device__ void wait(unsigned barrier, int parity) {
 #if __CUDA_ARCH__ >= 900
@@ -79,7 +82,7 @@ struct Ring {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            data + stage * kStageBytes + offset),
+            data + stage * stage_bytes + offset),
         "l"(from), "r"(bytes), "r"(full + stage * 8)
         : "memory");
 #endif
@@ -89,7 +92,7 @@ struct Ring {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(data + stage * kStageBytes + block * kBlockBytes + lane * 16));
+                 : "r"(data + stage * stage_bytes + block * kBlockBytes + lane * 16));
     return v;
   }
 };
@@ -105,21 +108,23 @@ inline __device__ const char* pair_of_lane(const Params& p, const Work& work, in
          static_cast<long long>(work.site(mine - tile * work.num_active)) * p.k_blocks * kBlockBytes;
 }
 
-// Shared memory: the ring, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
+// Shared memory: the ring, its barriers, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
+constexpr int kShrinkRing = 44 << 10, kExpandRing = 48 << 10;
 template <int MT>
 constexpr int shrink_bytes() {
-  return Ring::kBytes + kWarps * kGroup * MT * kLanes * 16;
+  return kShrinkRing + Ring::kBarrierBytes + kWarps * kGroup * MT * kLanes * 16;
 }
 template <int MT>
 constexpr int expand_bytes(int max_pairs) {
-  return Ring::kBytes + max_pairs * MT * kLanes * 16;
+  return kExpandRing + Ring::kBarrierBytes + max_pairs * MT * kLanes * 16;
 }
 
 template <typename T, int MT>
 __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
-  Ring ring(shared);
-  float4* part = reinterpret_cast<float4*>(shared + Ring::kBytes);  // [warps][kGroup][MT][lanes]
+  const int size = p.header[2];
+  Ring ring(shared, kShrinkRing, size);
+  float4* part = reinterpret_cast<float4*>(shared + kShrinkRing + Ring::kBarrierBytes);  // [warps][kGroup][MT][lanes]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
@@ -131,8 +136,8 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
     for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
       work.load(p, unit, kSlices, lane);
       const int begin = work.part * per_slice, end = min(begin + per_slice, p.k_blocks);
-      for (int first = 0; first < work.num_pairs; first += kGroup) {
-        const int count = min(kGroup, work.num_pairs - first);
+      for (int first = 0; first < work.num_pairs; first += size) {
+        const int count = min(size, work.num_pairs - first);
         const char* from = pair_of_lane(p, work, first, lane);
         for (int k = begin; k < end; k += kStep, ring.advance()) {
           const int bytes = min(kStep, end - k) * kBlockBytes;
@@ -154,8 +159,8 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
     const bool has_row = group < work.num_rows;
     const int halves = work.halves();
     const T* rows = static_cast<const T*>(p.x) + (work.row_start + group) * p.x_stride + quad * 8;
-    for (int first = 0; first < work.num_pairs; first += kGroup) {
-      const int count = min(kGroup, work.num_pairs - first);
+    for (int first = 0; first < work.num_pairs; first += size) {
+      const int count = min(size, work.num_pairs - first);
       float acc[kGroup][MT][4] = {};
       uint4 x[kDepth][2 * MT];
       auto load_x = [&](int from) {
@@ -182,7 +187,7 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
         ring.wait_full();
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-  XX + warp >= end) break;
+          if (k + d * kWarps + warp >= end) break;
 #pragma unroll
           for (int i = 0; i < kGroup; ++i)
             if (i < count) {
@@ -222,8 +227,9 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
 template <typename T, int MT>
 __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
-  Ring ring(shared);
-  uint4* low = reinterpret_cast<uint4*>(shared + Ring::kBytes);  // [pairs][MT][lanes]
+  const int size = p.header[3];
+  Ring ring(shared, kExpandRing, size);
+  uint4* low = reinterpret_cast<uint4*>(shared + kExpandRing + Ring::kBarrierBytes);  // [pairs][MT][lanes]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
@@ -240,8 +246,8 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(cons
       for (int n = begin; n < end; n += kStep) {
         const int bytes = min(kStep, end - n) * kBlockBytes;
         if (!work.has_any(p, n, min(n + kStep, end) - 1)) continue;
-        for (int first = 0; first < work.num_tiles; first += kGroup, ring.advance()) {
-          const int count = min(kGroup, work.num_tiles - first);
+        for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
+          const int count = min(size, work.num_tiles - first);
           const char* mine = from_lane(from, first + lane);
           ring.wait_empty();
           if (lane == 0) ring.expect(count * bytes);
@@ -298,8 +304,8 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(cons
       if (n + kStep < end) load_y(n + kStep);
       if (!work.has_any(p, n, min(n + kStep, end) - 1)) continue;
       float acc[kDepth][MT][4][4] = {};
-      for (int first = 0; first < work.num_tiles; first += kGroup, ring.advance()) {
-        const int count = min(kGroup, work.num_tiles - first);
+      for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
+        const int count = min(size, work.num_tiles - first);
         ring.wait_full();
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {

@@ -18,7 +18,7 @@ struct Params {
   const void* x;
   long long y_stride, x_stride;
   const MedleyItem* items;
-  const int* header;  // blocks of rows, and the parts into which the columns of each are divided
+  const int* header;  // medley.h
   float4* planes;
   long long layer_offset;  // bytes from a tile's start to this layer
   int in_features, k_blocks, max_pairs, num_column_blocks;

@@ -28,7 +28,8 @@ DECODE_ROWS, PREFILL_ROWS = BLOCK_ROWS = (16, 32)
 PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
-HEADER_BYTES = 16  # a group's numbers of items and parts lie this far before its items
+HEADER_BYTES = 16  # before a group's items
+MAX_IN_STAGE = 4  # pairs, or tiles
 NUM_STAGES = 3  # work lists on their way to the device: the host is at most two steps ahead
 
 Items = npt.NDArray[np.void]
@@ -90,7 +91,11 @@ class SgmvLora:
         stride = HEADER_BYTES + max(self._capacity.values()) * ITEM.itemsize
         self._offsets = {group.name: i * stride for i, group in enumerate(layout.groups)}
         num_bytes = len(layout.groups) * stride
-        self._device_lists = torch.zeros(num_bytes, dtype=torch.uint8, device=pool.device)
+        # No items, and all else 1: what a graph captured before the first step reads.
+        empty = torch.zeros(num_bytes, dtype=torch.uint8)
+        for start in self._offsets.values():
+            empty[start : start + HEADER_BYTES].view(torch.int32)[1:] = 1
+        self._device_lists = empty.to(pool.device)
         self._stages = [torch.zeros(num_bytes, dtype=torch.uint8).pin_memory() for _ in range(NUM_STAGES)]
         self._sent = [torch.cuda.Event() for _ in range(NUM_STAGES)]  # type: ignore[no-untyped-call]
         self._num_sent = 0
@@ -129,7 +134,7 @@ class SgmvLora:
         self._num_sent += 1
         for group in self.layout.groups:
             items = self._items(group, segments, block_rows)
-            self._send(group.name, items, self._parts(group, len(items), block_rows), stage)
+            self._send(group.name, items, self._header(group, items, block_rows), stage)
         event.record()
         return SgmvBatch(self, block_rows, len(distinct))
 
@@ -224,17 +229,22 @@ class SgmvLora:
             )
         return items
 
-    def _parts(self, group: GroupShape, num_items: int, block_rows: int) -> int:
-        """Into how many parts the columns of each item are divided, so that few items fill the device too."""
+    def _header(self, group: GroupShape, items: Items, block_rows: int) -> tuple[int, int, int, int]:
+        """The four numbers before a group's items, as csrc/medley.h has them. None of them changes bits."""
         room, column_blocks = self._room[group.name, block_rows]
+        # Few items fill the device too if the columns of each are divided.
         most = -(-sum(-(-n // BLOCK) for n in group.out_features) // column_blocks)
-        return max(1, min(room // max(1, num_items), most))
+        num_parts = max(1, min(room // max(1, len(items)), most))
+        tiles = int(items["num_tiles"].max(initial=1))
+        pairs = tiles * group.num_sites
+        pairs_in_stage = -(-pairs // -(-pairs // MAX_IN_STAGE))
+        return len(items), num_parts, pairs_in_stage, min(1 << (tiles - 1).bit_length(), MAX_IN_STAGE)
 
-    def _send(self, group: str, items: Items, num_parts: int, stage: Tensor) -> None:
+    def _send(self, group: str, items: Items, header: tuple[int, int, int, int], stage: Tensor) -> None:
         start = self._offsets[group]
         end = start + HEADER_BYTES + items.nbytes
         host = stage.numpy()
-        host[start : start + 8].view(np.int32)[:] = len(items), num_parts
+        host[start : start + HEADER_BYTES].view(np.int32)[:] = header
         host[start + HEADER_BYTES : end] = items.view(np.uint8).reshape(-1)
         self._device_lists[start:end].copy_(stage[start:end], non_blocking=True)
 
