@@ -241,8 +241,8 @@ def cuda_forward(
         paged = SimpleNamespace(k=pages[0].unbind(0), v=pages[1].unbind(0), **sizes)
         lora_batch = cache.lora_batch
 
-        def kept_lora_batch(keys: Any, num_tokens: Any) -> Any:
-            latest[0] = lora_batch(keys, num_tokens)  # type: ignore[assignment]
+        def kept_lora_batch(keys: Any, num_tokens: Any, **options: bool) -> Any:
+            latest[0] = lora_batch(keys, num_tokens, **options)  # type: ignore[assignment]
             return latest[0]
 
         monkeypatch.setattr(cache, "lora_batch", kept_lora_batch)

@@ -248,21 +248,23 @@ class AdapterCache:
     def resident(self) -> list[AdapterKey]:
         return list(self._resident)
 
-    def lora_batch(self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int]) -> object | None:
-        """The LoRA batch of a step: one resident key (None: the base) and number of new tokens a sequence, in order.
+    def lora_batch(
+        self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int], *, begins_step: bool = True
+    ) -> object | None:
+        """The LoRA batch of a pass: one resident key (None: the base) and number of new tokens a sequence, in order.
 
-        None where no row has an adapter. Valid until the next call. A step like the last one gets the same batch.
-        Called once a step, before anything of it is launched.
+        None where no row has an adapter. Valid until the next call. A pass like the last one gets the same batch.
+        Called once a pass, before anything of it is launched; begins_step: for the first pass of a step.
         """
-        self._begin_step(keys)
+        self._step += begins_step
+        self._use(keys)
         adapters = [None if key is None else self._resident[key] for key in keys]
         composition = (*(None if a is None else a.load_id for a in adapters), *num_tokens)
         if self._last_batch[0] != composition:
             self._last_batch = (composition, self.lora.batch(adapters, num_tokens))
         return self._last_batch[1]
 
-    def _begin_step(self, keys: Sequence[AdapterKey | None]) -> None:
-        self._step += 1
+    def _use(self, keys: Sequence[AdapterKey | None]) -> None:
         for key in dict.fromkeys(keys):
             if key is not None:
                 self._used_in[key] = self._step

@@ -184,8 +184,8 @@ class CudaForward:
         bucket, num_done = self._buckets[0], 0
         whole = torch.empty_like(self._results)
         into, found = Results.cut(whole, num_sampled), Results.cut(self._results, bucket)
-        for contents in token_passes(plan, self._rows, bucket, self._kv.spare_page):
-            lora = self._lora(contents)
+        for i, contents in enumerate(token_passes(plan, self._rows, bucket, self._kv.spare_page)):
+            lora = self._lora(contents, begins_step=i == 0)
             self._send(contents)
             self._decode(contents, lora)
             if not self._rows.is_plain[contents.sampled_rows].all():
@@ -229,10 +229,10 @@ class CudaForward:
             )
         source.read.record()
 
-    def _lora(self, contents: StepContents) -> SgmvBatch | None:
+    def _lora(self, contents: StepContents, begins_step: bool = True) -> SgmvBatch | None:
         indices = np.append(self._rows.adapter_index, 0)[contents.sequence_rows]  # the spare row has no adapter
         keys = [self._scheduler.adapter_of(index) for index in indices.tolist()]
-        batch = self._adapters.lora_batch(keys, contents.num_new.tolist())
+        batch = self._adapters.lora_batch(keys, contents.num_new.tolist(), begins_step=begins_step)
         assert batch is None or isinstance(batch, SgmvBatch)
         return batch
 
