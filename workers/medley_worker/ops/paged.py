@@ -20,7 +20,7 @@ TENSOR_CORE_GROUP = 4
 MIN_WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 HEAD_DIMS = (64, 128, 256)
 # scheduler.cuh: a prefill plan counts on two blocks an SM, whose tiles hold up to 128 packed queries; a tile of a
-# decode row holds 16.
+# decode row holds 16 where that is enough for a group.
 BLOCKS_PER_SM, PREFILL_TILE, DECODE_TILE = 2, 128, 16
 
 
@@ -71,6 +71,7 @@ def workspace_bytes(config: BaseModel, max_rows: int, num_sms: int) -> int:
     group = config.num_heads // config.num_kv_heads
     split_tiles = BLOCKS_PER_SM * num_sms // config.num_kv_heads
     prefill_queries = split_tiles * PREFILL_TILE
-    decode_queries = max(split_tiles, max_rows + -(-max_rows * group // DECODE_TILE)) * DECODE_TILE
+    tile = DECODE_TILE if group <= DECODE_TILE else PREFILL_TILE
+    decode_queries = max(split_tiles, max_rows + -(-max_rows * group // tile)) * tile
     floats = max(prefill_queries, decode_queries) * config.num_heads * (config.head_dim + 1)
     return max(MIN_WORKSPACE_BYTES, 4 * floats + 4096)  # and what alignment costs
