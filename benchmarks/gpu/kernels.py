@@ -20,14 +20,12 @@ from benchmarks.gpu.shapes import base_model
 from benchmarks.gpu.timing import GraphTimer
 from benchmarks.gpu.workloads import adapter_counts, adapter_rows
 from benchmarks.record import say
+from medley_worker.ops.kernels import MODES
 from medley_worker.ops.lora_stage import GroupShape
 from medley_worker.ops.sgmv import SgmvLora
 
-VARIANTS: dict[str, MakeLora] = {
-    "fused": partial(SgmvLora, mode="fused"),
-    "fused, no early launch": partial(SgmvLora, mode="fused", pdl=False),
-    "planes": partial(SgmvLora, mode="planes"),
-}
+VARIANTS: dict[str, MakeLora] = {mode: partial(SgmvLora, mode=mode) for mode in MODES}
+VARIANTS |= {f"{mode}, no early launch": partial(SgmvLora, mode=mode, pdl=False) for mode in MODES}
 RANKS = (16, 64)
 BATCHES = (1, 32, 64, 128)
 POPULARITIES = ("identical", "uniform", "distinct")

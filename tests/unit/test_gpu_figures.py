@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu.floors import step_floor_s
+from benchmarks.gpu.plot import best, points
 from benchmarks.gpu.results import Figure, Run, gpu_name
 from benchmarks.gpu.shapes import adapter_weight_bytes, base_model
+from benchmarks.gpu.step import busy_us
 from benchmarks.gpu.workloads import POPULARITIES, adapter_counts, adapter_rows, bulk, punica
 
 DEVICE = "NVIDIA H200"
@@ -109,3 +111,19 @@ def test_a_part_stops_when_its_budget_is_spent(tmp_path: Path) -> None:
 )
 def test_a_files_name_says_which_gpu_it_was(device: str, name: str) -> None:
     assert gpu_name(device) == name
+
+
+def test_device_time_counts_kernels_that_overlap_once() -> None:
+    assert busy_us([]) == 0
+    assert busy_us([(10, 12), (0, 4), (3, 5), (1, 2), (12, 13)]) == 8
+
+
+def test_the_plot_takes_a_ranks_rows_and_the_lowest_for_each_number_of_adapters() -> None:
+    rows = [
+        {"rank": 16, "batch": 32, "adapters": 8, "ms": 0.9},
+        {"rank": 16, "batch": 8, "adapters": 8, "ms": 0.6},
+        {"rank": "mix", "batch": 8, "adapters": 8, "ms": 0.1},
+        {"rank": 16, "batch": 1, "adapters": 1, "ms": 0.4},
+    ]
+    assert points(rows, "ms") == [(1, 0.4), (8, 0.6), (8, 0.9)]
+    assert best(points(rows, "ms")) == [(1, 0.4), (8, 0.6)]
