@@ -19,7 +19,7 @@ from medley.spec.base_models import BaseModel, read_base_model
 from medley.spec.errors import ErrorCode
 from medley.spec.wire import AdapterRef
 from medley_worker import Engine, Request, RequestOutput, SamplingParams
-from medley_worker.engine import adapter_loader, adapters
+from medley_worker.engine import adapter_loader, adapters, host_tiles
 from medley_worker.engine.adapters import AdapterCache, AdapterKey, AdapterUnavailable
 from medley_worker.engine.copies import Fence, HostCopier
 from medley_worker.ops.lora_stage import AdapterTiles
@@ -123,6 +123,11 @@ class NoLora:
 
     def batch(self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int]) -> None:
         self.steps.append(len(adapters) + len(num_tokens))
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_tiles, "CHUNK_BYTES", 1 << 17)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Owns the host copies and the threads. Knows no device memory and no requests: wh
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from medley_worker.ops.lora_stage import SITES
 
 # Packing is bound by memory and by the interpreter; more threads would only take turns with the step loop.
 NUM_THREADS = 3
+# The step loop gives the interpreter up at each launch; Python's default lets a thread that reads a header, 8 ms of
+# work, keep it for 5 ms, as long as a step.
+SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,9 @@ class AdapterLoader:
 
     def __init__(self, model: BaseModel, layout: Layout, dtype: torch.dtype, copier: Copier, limit_bytes: int) -> None:
         self._model, self._layout, self._copier = model, layout, copier
+        self._growing = threading.Lock()  # taken before the other one
         self._tiles = HostTiles(copier, layout.tile_elements, dtype, (layout.num_layers, len(SITES)))
-        # Everything below is the lock's.
+        # Everything below is the lock's, and what is free of the tiles.
         self._changed = threading.Condition()
         self._copies = HostCopies(self._tiles, limit_bytes)
         self._sources: dict[AdapterKey, AdapterSource] = {}  # headers read ahead
@@ -89,12 +94,11 @@ class AdapterLoader:
             if key in self._failures:
                 raise self._failures.pop(key)
             packed = self._copies.take(key)
-            if packed is not None:
-                self._at_work.add(key)
-                return packed
-            tiles = self._tiles.allocate(source.tiles_needed)
             self._at_work.add(key)
+            if packed is not None:
+                return packed
         try:
+            tiles = self._allocate(source.tiles_needed)
             self._pack(source, tiles)
         except BaseException:
             with self._changed:
@@ -151,6 +155,7 @@ class AdapterLoader:
 
     def _start_threads(self) -> None:
         assert not self._is_closed, "the loader is closed"
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         for number in range(NUM_THREADS):
             thread = threading.Thread(target=self._work, name=f"adapters-{number}", daemon=True)
             self._threads.append(thread)
@@ -207,16 +212,29 @@ class AdapterLoader:
         def work() -> None:
             with self._changed:
                 self._copies.make_room(source.tiles_needed * self._tiles.tile_bytes, self._kept)
-                tiles = self._tiles.allocate(source.tiles_needed)
+            tiles = self._allocate(source.tiles_needed)
             self._pack(source, tiles)
             with self._changed:
                 self._keep(key, tiles)
 
         return work
 
+    def _allocate(self, count: int) -> PackedAdapter:
+        """Host tiles, of new memory where there are too few. That takes long, and steps ask `is_ready` meanwhile."""
+        with self._growing:
+            while True:
+                with self._changed:
+                    if self._tiles.num_free >= count:
+                        return self._tiles.allocate(count)
+                new = self._tiles.new_tiles()
+                with self._changed:
+                    self._tiles.free(new)
+
     def _keep(self, key: AdapterKey, packed: PackedAdapter) -> None:
         """Keep it if there is room. What is kept is needed next, even where others' copies are in the way now."""
-        has_room = self._copies.make_room(len(packed) * self._tiles.tile_bytes, self._kept)
+        num_bytes = len(packed) * self._tiles.tile_bytes
+        is_small = num_bytes <= self._copies.limit_bytes  # what can never fit drops nothing
+        has_room = (is_small or key in self._kept) and self._copies.make_room(num_bytes, self._kept)
         if has_room or key in self._kept:
             self._copies.put(key, packed)
         else:

@@ -44,15 +44,20 @@ class HostTiles:
         self.tile_bytes = tile_elements * dtype.itemsize
         self._free: list[HostTile] = []
 
-    def allocate(self, count: int) -> list[HostTile]:
-        """`count` tiles with anything in them."""
-        while len(self._free) < count:
-            self._free += self._new_chunk(max(1, CHUNK_BYTES // self.tile_bytes))
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> PackedAdapter:
+        """`count` tiles with anything in them. The caller has looked at `num_free`."""
+        assert count <= len(self._free), "allocate() beyond the free tiles"
         tiles = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
         return tiles
 
-    def _new_chunk(self, count: int) -> list[HostTile]:
+    def new_tiles(self) -> PackedAdapter:
+        """As many as a chunk holds, for `free`. Takes long; touches nothing else here, so it wants no lock."""
+        count = max(1, CHUNK_BYTES // self.tile_bytes)
         memory = self._copier.new_host(count, self._tile_elements, self._dtype)
         scales = self._copier.new_host(count, math.prod(self._scales_shape), torch.float32)
         return list(map(HostTile, memory.unbind(0), scales.view(count, *self._scales_shape).unbind(0)))
