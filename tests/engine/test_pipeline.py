@@ -262,8 +262,9 @@ def test_a_release_gives_the_tokens_in_flight_back_too(late: LateEngine, plain: 
     released = engine.release()
     assert set(released) == {"long"}, "what ends with the tokens in flight is not released"
     assert len(released["long"].token_ids) == 4
-    (ended,) = engine.step()
+    (ended,) = engine.take_outputs()
     assert ended.request_id == "short"
+    assert not engine.has_work
     engine.add_request("long", long, released["long"])
     wanted = plain.generate([long, short])
     assert_same(run(engine)["long"], wanted[0])

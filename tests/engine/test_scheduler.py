@@ -263,6 +263,23 @@ def test_a_request_that_is_skipped_often_is_passed_no_more() -> None:
     assert num_before <= 8
 
 
+def test_an_adapter_that_is_still_read_is_passed_without_losing_its_turn() -> None:
+    rig = Rig(rows=2, tiles=4, pages=30, budget=40)
+    rig.tiles.unread = {("t", "3")}
+    slow = rig.make(2, 1, adapter=3)
+    for _ in range(20):
+        rig.make(2, 3, adapter=1)
+    for _ in range(30):
+        plan = rig.step()
+        assert slow not in plan.entering
+        assert rig.tiles.upcoming[:1] == [("t", "3")] or not rig.tiles.upcoming
+    assert slow.num_skips == 0
+    rig.tiles.unread.clear()
+    plan = rig.step()
+    assert plan.entering == [slow], "the line is looked at again when an adapter is there"
+    rig.run()
+
+
 def test_an_adapter_that_can_never_fit_fails_its_job_alone() -> None:
     rig = Rig(tiles=4)
     bad, good = rig.make(4, 2, adapter=5), rig.make(4, 2, adapter=4)

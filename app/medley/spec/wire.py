@@ -88,7 +88,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
-    """Give these jobs back with what they have generated (None: all); each is answered by `Released`."""
+    """Give these jobs back with what they have generated (None: all); each is answered by `Released`.
+
+    Or by `Finished`, if it ends with the step that runs.
+    """
 
     keys: tuple[JobKey, ...] | None = None
 

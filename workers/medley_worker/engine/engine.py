@@ -193,7 +193,7 @@ class Engine:
         Returns what is new for requests that are streamed or ended.
         """
         started = time.perf_counter()
-        outputs, self._outputs = self._outputs, []
+        outputs = self.take_outputs()
         if self._pipeline.num_in_flight and self._parts.scheduler.must_settle:
             self._settle(outputs)
         plan = self._parts.scheduler.schedule()
@@ -214,6 +214,11 @@ class Engine:
         self._counters.step_s += time.perf_counter() - started
         return outputs
 
+    def take_outputs(self) -> list[RequestOutput]:
+        """What is new without a step: the ends that came to light since the last one."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
     def abort(self, request_ids: Iterable[RequestId]) -> None:
         """Forget these requests, of which nothing more is reported; unknown ids are ignored."""
         gone = set(request_ids)
@@ -228,7 +233,7 @@ class Engine:
     def release(self, request_ids: Iterable[RequestId] | None = None) -> dict[RequestId, Checkpoint]:
         """Give these requests (None: all) back with what they have generated; unknown ids are left out.
 
-        So are those that end with the tokens in flight: the next step reports them.
+        So are those that end with the tokens in flight: `take_outputs`, or the next step, reports them.
         """
         self._settle(self._outputs)
         released: dict[RequestId, Checkpoint] = {}

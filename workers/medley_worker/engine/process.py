@@ -134,6 +134,7 @@ class Service:
             case Release(keys=keys):
                 released = cast(Mapping[JobKey, Checkpoint], self._engine.release(keys))
                 self._send(*(Released(key=key, checkpoint=kept) for key, kept in released.items()))
+                self._report(self._engine.take_outputs())  # a Shutdown may come before the next step
             case Upcoming(adapters=adapters):
                 self._engine.set_upcoming(adapters)
 
