@@ -153,12 +153,14 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
     return refuse(error, bytes, "block_rows: got %d, wanted 16 or 32", c->block_rows);
   if (c->mode < MEDLEY_FUSED || c->mode > MEDLEY_BULK)
     return refuse(error, bytes, "mode: got %d, wanted 0 (fused), 1 (planes) or 2 (bulk)", c->mode);
+  if (c->half < 0 || c->half > (c->mode == MEDLEY_FUSED ? 0 : 2))
+    return refuse(error, bytes, "half: got %d, wanted 0%s", c->half, c->mode == MEDLEY_FUSED ? "" : ", 1 or 2");
   if (c->layer < 0 || c->layer >= g->num_layers)
     return refuse(error, bytes, "layer: got %d, wanted 0 to %d", c->layer, g->num_layers - 1);
-  if (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8)
+  if (c->half != 1 && (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8))
     return refuse(error, bytes, "y: got address %p and row stride %lld, wanted 16-byte aligned rows", c->y,
                   static_cast<long long>(c->y_stride));
-  if (!c->x || reinterpret_cast<uintptr_t>(c->x) % 16 || c->x_stride % 8)
+  if (c->half != 2 && (!c->x || reinterpret_cast<uintptr_t>(c->x) % 16 || c->x_stride % 8))
     return refuse(error, bytes, "x: got address %p and row stride %lld, wanted 16-byte aligned rows", c->x,
                   static_cast<long long>(c->x_stride));
   if (!c->items || !c->header) return refuse(error, bytes, "items: got a null pointer");
@@ -194,6 +196,7 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   Step steps[2];
   const int num_launches = steps_of(c->mode, steps);
   for (int i = 0; i < num_launches; ++i) {
+    if (c->half != 0 && c->half != i + 1) continue;
     Launch launch = {};
     const auto to = static_cast<cudaStream_t>(stream);
     if (int code = prepare(g, c->dtype, c->block_rows, steps[i], c->pdl != 0, to, launch, error, bytes)) return code;

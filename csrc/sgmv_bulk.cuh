@@ -87,12 +87,13 @@ struct Ring {
         : "memory");
 #endif
   }
-  // Lane `lane`'s 16 bytes of block `block`.
-  __device__ uint4 load(int block, int lane) const {
+  // Where this lane's 16 bytes of the warp's first block lie; its next block is kWarps on, the next pair's kStep.
+  __device__ unsigned mine(int warp, int lane) const {
+    return data + stage * stage_bytes + warp * kBlockBytes + lane * 16;
+  }
+  static __device__ uint4 load(unsigned from) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(data + stage * stage_bytes + block * kBlockBytes + lane * 16));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
     return v;
   }
 };
@@ -108,8 +109,49 @@ inline __device__ const char* pair_of_lane(const Params& p, const Work& work, in
          static_cast<long long>(work.site(mine - tile * work.num_active)) * p.k_blocks * kBlockBytes;
 }
 
+// 8 numbers of x or y for each row of a lane and each of the warp's blocks in a step, loaded a step ahead.
+template <int MT>
+struct Ahead {
+  uint4 values[kDepth][2 * MT];
+};
+
+// The way of a lane through rows of x or y: its rows are `group` + 8 h of the item, its columns 8 of every block.
+template <int MT>
+struct Lanes {
+  static constexpr int kAhead = kWarps * kBlock;  // columns from a block of the warp to its next
+  char* base;
+  unsigned offset, half;  // bytes: to this lane's row and columns, and to its row 8 further on
+  int left[2 * MT];       // columns from there on that this lane may touch; 0 or less for rows that are not there
+
+  // columns: where the step begins, and where what may be touched ends.
+  __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int warp, int group, int quad)
+      : base(static_cast<char*>(const_cast<void*>(rows))) {
+    const int column = begin + warp * kBlock + quad * 8;
+    offset = static_cast<unsigned>((work.row_start + group) * stride + column) * 2;
+    half = static_cast<unsigned>(stride) * 16;
+#pragma unroll
+    for (int h = 0; h < 2 * MT; ++h) left[h] = h * 8 + group < work.num_rows ? end - column : 0;
+  }
+  __device__ char* at(int d, int h) const { return base + (offset + h * half + d * kAhead * 2); }
+  __device__ bool has(int d, int h) const { return d * kAhead < left[h]; }
+  __device__ void load(Ahead<MT>& ahead) const {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d)
+#pragma unroll
+      for (int h = 0; h < 2 * MT; ++h) {
+        ahead.values[d][h] = make_uint4(0, 0, 0, 0);
+        if (has(d, h)) ahead.values[d][h] = __ldcg(reinterpret_cast<const uint4*>(at(d, h)));
+      }
+  }
+  __device__ void advance() {
+    offset += kStep * kBlock * 2;
+#pragma unroll
+    for (int h = 0; h < 2 * MT; ++h) left[h] -= kStep * kBlock;
+  }
+};
+
 // Shared memory: the ring, its barriers, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
-constexpr int kShrinkRing = 44 << 10, kExpandRing = 48 << 10;
+constexpr int kShrinkRing = 32 << 10, kExpandRing = 32 << 10;
 template <int MT>
 constexpr int shrink_bytes() {
   return kShrinkRing + Ring::kBarrierBytes + kWarps * kGroup * MT * kLanes * 16;
@@ -151,57 +193,54 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
     return;
   }
 
+  if (blockIdx.x < num_units) work.load(p, blockIdx.x, kSlices, lane);
   wait_for_previous_kernel();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    work.load(p, unit, kSlices, lane);
+    if (unit != blockIdx.x) work.load(p, unit, kSlices, lane);
     const int begin = work.part * per_slice, end = min(begin + per_slice, p.k_blocks);
     float4* plane = p.planes + static_cast<long long>(unit) * p.max_pairs * MT * kLanes;
     const bool has_row = group < work.num_rows;
-    const int halves = work.halves();
-    const T* rows = static_cast<const T*>(p.x) + (work.row_start + group) * p.x_stride + quad * 8;
+    const Lanes<MT> start(p.x, p.x_stride, work, begin * kBlock, min(p.in_features, end * kBlock), warp, group, quad);
+    Lanes<MT> x = start;
+    Ahead<MT> even, odd;
+    x.load(even);
     for (int first = 0; first < work.num_pairs; first += size) {
       const int count = min(size, work.num_pairs - first);
       float acc[kGroup][MT][4] = {};
-      uint4 x[kDepth][2 * MT];
-      auto load_x = [&](int from) {
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          const int k = from + d * kWarps + warp;
-#pragma unroll
-          for (int h = 0; h < 2 * MT; ++h) {
-            const bool is_valid = k < end && k * kBlock + quad * 8 < p.in_features &&
-                                  h * 8 + group < work.num_rows && h < halves;
-            x[d][h] = is_valid ? __ldcg(reinterpret_cast<const uint4*>(rows + h * 8 * p.x_stride + k * kBlock))
-                               : make_uint4(0, 0, 0, 0);
-          }
-        }
-      };
-      load_x(begin);
-      for (int k = begin; k < end; k += kStep, ring.advance()) {
-        uint4 now[kDepth][2 * MT];
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d)
-#pragma unroll
-          for (int h = 0; h < 2 * MT; ++h) now[d][h] = x[d][h];
-        if (k + kStep < end) load_x(k + kStep);
+      auto step = [&](int k, const Ahead<MT>& now, Ahead<MT>& next) {
+        // After the last step of a pass comes the first of the next, over the same x.
+        if (k + kStep < end)
+          x.advance();
+        else
+          x = start;
+        if (k + kStep < end || first + size < work.num_pairs) x.load(next);
         ring.wait_full();
+        const unsigned from = ring.mine(warp, lane);
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          if (k + d * kWarps + warp >= end) break;
+        for (int i = 0; i < kGroup; ++i) {
+          if (i >= count) break;
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i)
-            if (i < count) {
-              const uint4 w = ring.load(i * kStep + d * kWarps + warp, lane);
+          for (int d = 0; d < kDepth; ++d) {
+            if (k + d * kWarps + warp >= end) break;
+            const uint4 w = Ring::load(from + i * kCopyBytes + d * kWarps * kBlockBytes);
 #pragma unroll
-              for (int m = 0; m < MT; ++m) {
-                const uint4 &top = now[d][2 * m], &bottom = now[d][2 * m + 1];
-                Number<T>::mma(acc[i][m], top.x, bottom.x, top.y, bottom.y, w.x, w.y);
-                Number<T>::mma(acc[i][m], top.z, bottom.z, top.w, bottom.w, w.z, w.w);
-              }
+            for (int m = 0; m < MT; ++m) {
+              const uint4 &top = now.values[d][2 * m], &bottom = now.values[d][2 * m + 1];
+              Number<T>::mma(acc[i][m], top.x, bottom.x, top.y, bottom.y, w.x, w.y);
+              Number<T>::mma(acc[i][m], top.z, bottom.z, top.w, bottom.w, w.z, w.w);
             }
+          }
         }
         __syncwarp();
         if (lane == 0) ring.release();
+        ring.advance();
+      };
+      for (int k = begin; k < end; k += 2 * kStep) {
+        step(k, even, odd);
+        if (k + kStep < end)
+          step(k + kStep, odd, even);
+        else
+          even = odd;
       }
       if (has_row)
 #pragma unroll
@@ -224,6 +263,39 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
   }
 }
 
+// A part of an item's columns within one adapted site: column blocks `begin` to `end` of the group.
+struct Span {
+  int begin, end, site;
+};
+
+// The span of site `s` in column blocks first .. last of an item; empty where the site is not adapted.
+inline __device__ Span span_of(const Params& p, const Work& work, int s, int first, int last) {
+  const int site_end = s + 1 < MEDLEY_MAX_SITES ? min(p.n_begin[s + 1], p.num_column_blocks) : p.num_column_blocks;
+  if (!work.has(s)) return {0, 0, s};
+  return {max(first, p.n_begin[s]), min(last, site_end), s};
+}
+
+// Add to rows of y that were loaded a step ago, and store them.
+template <typename T, int MT>
+__device__ void add_to(const Lanes<MT>& y, const Ahead<MT>& before, const float (&acc)[kDepth][MT][4][4]) {
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d)
+#pragma unroll
+    for (int h = 0; h < 2 * MT; ++h) {
+      if (!y.has(d, h)) continue;
+      const uint4& was = before.values[d][h];
+      const unsigned words[4] = {was.x, was.y, was.z, was.w};
+      unsigned after[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = Number<T>::unpack(words[j]);
+        const float* sum = &acc[d][h / 2][j][h % 2 * 2];
+        after[j] = Number<T>::pack(pair.x + sum[0], pair.y + sum[1]);
+      }
+      *reinterpret_cast<uint4*>(y.at(d, h)) = make_uint4(after[0], after[1], after[2], after[3]);
+    }
+}
+
 template <typename T, int MT>
 __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
@@ -243,113 +315,127 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(cons
       work.load(p, unit, parts, lane);
       const int begin = work.part * per_part, end = min(begin + per_part, p.num_column_blocks);
       const char* from = work.tile + p.b_offset;
-      for (int n = begin; n < end; n += kStep) {
-        const int bytes = min(kStep, end - n) * kBlockBytes;
-        if (!work.has_any(p, n, min(n + kStep, end) - 1)) continue;
-        for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
-          const int count = min(size, work.num_tiles - first);
-          const char* mine = from_lane(from, first + lane);
-          ring.wait_empty();
-          if (lane == 0) ring.expect(count * bytes);
-          __syncwarp();
-          if (lane < count) ring.copy(lane * kStep * kBlockBytes, mine + n * kBlockBytes, bytes);
+      for (int s = 0; s < MEDLEY_MAX_SITES; ++s) {
+        const Span span = span_of(p, work, s, begin, end);
+        for (int n = span.begin; n < span.end; n += kStep) {
+          const int bytes = min(kStep, span.end - n) * kBlockBytes;
+          for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
+            const int count = min(size, work.num_tiles - first);
+            const char* mine = from_lane(from, first + lane);
+            ring.wait_empty();
+            if (lane == 0) ring.expect(count * bytes);
+            __syncwarp();
+            if (lane < count) ring.copy(lane * kCopyBytes, mine + n * kBlockBytes, bytes);
+          }
         }
       }
     }
     return;
   }
 
+  if (blockIdx.x < num_units) work.load(p, blockIdx.x, parts, lane);
   wait_for_previous_kernel();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    work.load(p, unit, parts, lane);
+    if (unit != blockIdx.x) work.load(p, unit, parts, lane);
     const int begin = work.part * per_part, end = min(begin + per_part, p.num_column_blocks);
-    const bool has_row = group < work.num_rows;
-    T* rows = static_cast<T*>(p.y) + (work.row_start + group) * p.y_stride + quad * 8;
-    uint4 y[kDepth][2 * MT];
-    // Column of this lane's 8 in y for column block n, -1: there are none to change.
-    auto column_of = [&](int n) {
-      if (n >= end) return -1;
-      const int s = site_of_column_block(p, n), column = (n - p.n_begin[s]) * kBlock;
-      return work.has(s) && column + quad * 8 < p.out_features[s] ? p.y_begin[s] + column : -1;
-    };
-    auto load_y = [&](int from) {
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        const int column = column_of(from + d * kWarps + warp);
-#pragma unroll
-        for (int h = 0; h < 2 * MT; ++h)
-          y[d][h] = column >= 0 && h * 8 + group < work.num_rows
-                        ? __ldcg(reinterpret_cast<const uint4*>(rows + h * 8 * p.y_stride + column))
-                        : make_uint4(0, 0, 0, 0);
-      }
-    };
-    load_y(begin);
     const float4* plane = p.planes + static_cast<long long>(work.block) * kSlices * p.max_pairs * MT * kLanes;
-    const int from_site = site_of_column_block(p, begin), to_site = site_of_column_block(p, end - 1);
-    for (int e = warp; e < work.num_pairs * MT; e += kWarps) {
-      const int s = work.site(e / MT % work.num_active);
-      if (!has_row || begin >= end || s < from_site || s > to_site) continue;
-      float4 sum = __ldcg(plane + e * kLanes + lane);
+    const int from_site = site_of_column_block(p, min(begin, p.num_column_blocks - 1));
+    const int to_site = site_of_column_block(p, max(end - 1, 0));
+    auto rows_of = [&](const Span& span) {
+      const int shift = p.y_begin[span.site] - p.n_begin[span.site] * kBlock;  // from the group's columns to y's
+      return Lanes<MT>(p.y, p.y_stride, work, shift + span.begin * kBlock,
+                       min(p.y_begin[span.site] + p.out_features[span.site], shift + span.end * kBlock), warp, group,
+                       quad);
+    };
+    // The first rows of y are on their way while the low-rank rows are added up.
+    Ahead<MT> even, odd;
+    Lanes<MT> y = rows_of(span_of(p, work, from_site, begin, end));
+    y.load(even);
+    if (group < work.num_rows && begin < end) {
+      for (int e = warp; e < work.num_pairs * MT; e += kWarps) {
+        const int s = work.site(e / MT % work.num_active);
+        if (s < from_site || s > to_site) continue;
+        float4 sum = __ldcg(plane + e * kLanes + lane);
 #pragma unroll
-      for (int i = 1; i < kSlices; ++i) sum = sum + __ldcg(plane + (i * p.max_pairs * MT + e) * kLanes + lane);
-      low[e * kLanes + lane] = Number<T>::encode(sum, __ldg(work.scales + s));
+        for (int i = 1; i < kSlices; ++i) sum = sum + __ldcg(plane + (i * p.max_pairs * MT + e) * kLanes + lane);
+        low[e * kLanes + lane] = Number<T>::encode(sum, __ldg(work.scales + s));
+      }
     }
     sync_computing();
-    for (int n = begin; n < end; n += kStep) {
-      uint4 before[kDepth][2 * MT];
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d)
-#pragma unroll
-        for (int h = 0; h < 2 * MT; ++h) before[d][h] = y[d][h];
-      if (n + kStep < end) load_y(n + kStep);
-      if (!work.has_any(p, n, min(n + kStep, end) - 1)) continue;
-      float acc[kDepth][MT][4][4] = {};
-      for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
-        const int count = min(size, work.num_tiles - first);
-        ring.wait_full();
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          const int block = n + d * kWarps + warp;
-          if (block >= end) break;
-          const int s = site_of_column_block(p, block);
-          if (!work.has(s)) continue;
-          const uint4* mine = low + (first * work.num_active + work.active_of(s)) * MT * kLanes + lane;
-          const int tile_step = work.num_active * MT * kLanes;
-#pragma unroll
-          for (int i = 0; i < kGroup; i += 2) {
-            if (i >= count) break;
-            const bool has_second = i + 1 < count;
-            const uint4 w0 = ring.load(i * kStep + d * kWarps + warp, lane);
-            const uint4 w1 = has_second ? ring.load((i + 1) * kStep + d * kWarps + warp, lane) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-              const uint4 v0 = mine[i * tile_step + m * kLanes];
-              const uint4 v1 = has_second ? mine[(i + 1) * tile_step + m * kLanes] : make_uint4(0, 0, 0, 0);
-              Number<T>::expand(acc[d][m], v0, v1, w0, w1);
-            }
-          }
-        }
-        __syncwarp();
-        if (lane == 0) ring.release();
+    const int tile_step = work.num_active * MT * kLanes;
+    for (int s = from_site; s <= to_site; ++s) {
+      const Span span = span_of(p, work, s, begin, end);
+      if (span.begin >= span.end) continue;
+      if (s != from_site) {
+        y = rows_of(span);
+        y.load(even);
       }
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        const int column = column_of(n + d * kWarps + warp);
-        if (column < 0) continue;
-#pragma unroll
-        for (int h = 0; h < 2 * MT; ++h) {
-          if (h * 8 + group >= work.num_rows) break;
-          const unsigned words[4] = {before[d][h].x, before[d][h].y, before[d][h].z, before[d][h].w};
-          unsigned after[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 was = Number<T>::unpack(words[j]);
-            const float* add = &acc[d][h / 2][j][h % 2 * 2];
-            after[j] = Number<T>::pack(was.x + add[0], was.y + add[1]);
-          }
-          *reinterpret_cast<uint4*>(rows + h * 8 * p.y_stride + column) =
-              make_uint4(after[0], after[1], after[2], after[3]);
+      const uint4* mine = low + work.active_of(s) * MT * kLanes + lane;
+      auto run = [&](auto&& multiply) {
+        auto step = [&](const Ahead<MT>& now, Ahead<MT>& next) {
+          const Lanes<MT> here = y;
+          y.advance();
+          y.load(next);
+          float acc[kDepth][MT][4][4] = {};
+          multiply(acc);
+          add_to<T, MT>(here, now, acc);
+        };
+        for (int n = span.begin; n < span.end; n += 2 * kStep) {
+          step(even, odd);
+          if (n + kStep < span.end) step(odd, even);
         }
+      };
+      // Blocks past the span are multiplied too, and not stored.
+      if (work.num_tiles <= 2) {  // up to rank 16: the low-rank rows stay in registers
+        const bool has_second = work.num_tiles == 2;
+        uint4 v0[MT], v1[MT];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          v0[m] = mine[m * kLanes];
+          v1[m] = has_second ? mine[tile_step + m * kLanes] : make_uint4(0, 0, 0, 0);
+        }
+        run([&](float (&acc)[kDepth][MT][4][4]) {
+          ring.wait_full();
+          const unsigned from = ring.mine(warp, lane);
+#pragma unroll
+          for (int d = 0; d < kDepth; ++d) {
+            const uint4 w0 = Ring::load(from + d * kWarps * kBlockBytes);
+            uint4 w1 = make_uint4(0, 0, 0, 0);
+            if (has_second) w1 = Ring::load(from + kCopyBytes + d * kWarps * kBlockBytes);
+#pragma unroll
+            for (int m = 0; m < MT; ++m) Number<T>::expand(acc[d][m], v0[m], v1[m], w0, w1);
+          }
+          __syncwarp();
+          if (lane == 0) ring.release();
+          ring.advance();
+        });
+      } else {
+        run([&](float (&acc)[kDepth][MT][4][4]) {
+          for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
+            const int count = min(size, work.num_tiles - first);
+            ring.wait_full();
+            const unsigned from = ring.mine(warp, lane);
+#pragma unroll
+            for (int i = 0; i < kGroup; i += 2) {
+              if (i >= count) break;
+              const bool has_second = i + 1 < count;
+#pragma unroll
+              for (int d = 0; d < kDepth; ++d) {
+                const unsigned block = from + i * kCopyBytes + d * kWarps * kBlockBytes;
+                const uint4 w0 = Ring::load(block);
+                const uint4 w1 = has_second ? Ring::load(block + kCopyBytes) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+                for (int m = 0; m < MT; ++m) {
+                  const uint4* here = mine + (first + i) * tile_step + m * kLanes;
+                  const uint4 v1 = has_second ? here[tile_step] : make_uint4(0, 0, 0, 0);
+                  Number<T>::expand(acc[d][m], here[0], v1, w0, w1);
+                }
+              }
+            }
+            __syncwarp();
+            if (lane == 0) ring.release();
+          }
+        });
       }
     }
     sync_computing();  // `low` is written again for the next unit

@@ -153,8 +153,6 @@ struct Work {
     for (int a = 0; a < active; ++a) s = __ffs(site_mask & ~((2 << s) - 1)) - 1;
     return s;
   }
-  // Whether any of the column blocks first .. last belongs to an adapted site.
-  __device__ bool has_any(const Params& p, int first, int last) const;
   __device__ bool has(int s) const { return site_mask >> s & 1; }
   // Where site s, which is adapted, stands among the adapted ones.
   __device__ int active_of(int s) const { return __popc(site_mask & ((1 << s) - 1)); }
@@ -163,12 +161,6 @@ struct Work {
 };
 
 inline __device__ int site_of_column_block(const Params& p, int n) { return (n >= p.n_begin[1]) + (n >= p.n_begin[2]); }
-
-inline __device__ bool Work::has_any(const Params& p, int first, int last) const {
-  for (int s = site_of_column_block(p, first); s <= site_of_column_block(p, last); ++s)
-    if (has(s)) return true;
-  return false;
-}
 
 inline __device__ const char* from_lane(const char* value, int lane) {
   const unsigned long long bits = reinterpret_cast<unsigned long long>(value);

@@ -20,7 +20,9 @@ from medley_worker.ops.kernels import DTYPES, ITEM, MAX_SITES, MAX_TILES, MODES,
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, GroupShape
 from medley_worker.ops.sgmv_layout import BLOCK, FragmentLayout, fragment_layout
 
-__all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply"]
+__all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply", "sgmv_expand", "sgmv_shrink"]
+
+SHRINK, EXPAND = 1, 2  # MedleyCall.half
 
 # Rows of a work item. The larger one reads weights half as often, the smaller one keeps twice the blocks in flight;
 # a row's bits are the same in both.
@@ -138,32 +140,44 @@ class SgmvLora:
         event.record()
         return SgmvBatch(self, block_rows, len(distinct))
 
-    def apply(self, y: Tensor, x: Tensor, group: str, layer: int, block_rows: int) -> None:
-        """See `sgmv_apply`."""
-        self._check(y, x, group, layer)
-        call = self._calls.get((group, layer, block_rows))
-        if call is None:
-            call = self._calls[group, layer, block_rows] = self._new_call(group, layer, block_rows)
-        call.y, call.x = y.data_ptr(), x.data_ptr()
-        call.y_stride, call.x_stride = y.stride(0), x.stride(0)
-        self._kernels.sgmv(self._groups[group], call, torch.cuda.current_stream(self.device).cuda_stream)
+    @property
+    def has_halves(self) -> bool:
+        """Whether shrink and expand are launches of their own."""
+        return self._mode != MODES["fused"]
 
-    def _check(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
+    def apply(
+        self, y: Tensor | None, x: Tensor | None, group: str, layer: int, block_rows: int, pdl: bool = True
+    ) -> None:
+        """See `sgmv_apply`. Without y only the shrink runs, without x only the expand."""
         shape = self._groups.get(group)
         if shape is None:
             raise ValueError(f"group: got {group!r}, wanted one of {', '.join(self._groups)}")
         if not 0 <= layer < shape.num_layers:
             raise ValueError(f"layer: got {layer}, wanted 0 to {shape.num_layers - 1}")
-        width = sum(shape.out_features[: shape.num_sites])
-        num_rows = len(y) if y.dim() else 0
-        for name, tensor, columns in (("y", y, width), ("x", x, shape.in_features)):
-            if tensor.dtype != self.dtype or tensor.device != self.device:
-                raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted {self.dtype} on {self.device}")
-            if tensor.dim() != 2 or tensor.shape[1] != columns or tensor.stride(1) != 1 or len(tensor) != num_rows:
-                raise ValueError(
-                    f"{name}: got shape {tuple(tensor.shape)}, strides {tensor.stride()},"
-                    f" wanted [{num_rows}, {columns}] with columns side by side"
-                )
+        call = self._calls.get((group, layer, block_rows))
+        if call is None:
+            call = self._calls[group, layer, block_rows] = self._new_call(group, layer, block_rows)
+        if y is not None:
+            self._check("y", y, sum(shape.out_features[: shape.num_sites]))
+            call.y, call.y_stride = y.data_ptr(), y.stride(0)
+        if x is not None:
+            self._check("x", x, shape.in_features)
+            call.x, call.x_stride = x.data_ptr(), x.stride(0)
+        if y is not None and x is not None and len(y) != len(x):
+            raise ValueError(f"x: got {len(x)} rows, wanted {len(y)}, those of y")
+        call.half = SHRINK if y is None else EXPAND if x is None else 0
+        call.pdl = self._pdl and pdl
+        with torch.cuda.device(self.device):
+            self._kernels.sgmv(shape, call, torch.cuda.current_stream().cuda_stream)
+
+    def _check(self, name: str, tensor: Tensor, columns: int) -> None:
+        if tensor.dtype != self.dtype or tensor.device != self.device:
+            raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted {self.dtype} on {self.device}")
+        if tensor.dim() != 2 or tensor.shape[1] != columns or tensor.stride(1) != 1:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, strides {tensor.stride()},"
+                f" wanted [T, {columns}] with columns side by side"
+            )
 
     def _new_call(self, group: str, layer: int, block_rows: int) -> Call:
         start = self._device_lists.data_ptr() + self._offsets[group]
@@ -175,7 +189,6 @@ class SgmvLora:
             dtype=DTYPES[self.dtype],
             block_rows=block_rows,
             mode=self._mode,
-            pdl=self._pdl,
             workspace=self._workspace.data_ptr(),
             workspace_bytes=self._workspace.numel(),
         )
@@ -257,6 +270,19 @@ def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, batch: SgmvBatch) -
     the current stream; may be captured. Raises ValueError or KernelError naming the argument that is wrong.
     """
     batch.lora.apply(y, x, group, layer, batch.block_rows)
+
+
+def sgmv_shrink(x: Tensor, group: str, layer: int, batch: SgmvBatch) -> None:
+    """The first half of `sgmv_apply`: x @ A, into the work space of `batch`. It may run beside what makes y.
+
+    `sgmv_expand` of the same group and layer comes next in order; no other site may come between.
+    """
+    batch.lora.apply(None, x, group, layer, batch.block_rows, pdl=False)
+
+
+def sgmv_expand(y: Tensor, group: str, layer: int, batch: SgmvBatch) -> None:
+    """The second half of `sgmv_apply`: y[t] += scale * (what `sgmv_shrink` left) @ B."""
+    batch.lora.apply(y, None, group, layer, batch.block_rows)
 
 
 def _group(layout: FragmentLayout, group: GroupShape) -> Group:
