@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_ABI = 2 };
+enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_ABI = 1 };
 enum { MEDLEY_BF16 = 0, MEDLEY_FP16 = 1 };
 // How weights arrive, and how shrink and expand meet.
 enum {
@@ -49,10 +49,9 @@ typedef struct {
   int32_t max_items;           // capacity of `items`
   int32_t layer;
   int32_t dtype;
-  int32_t block_rows;  // 16 or 32: the rows that an item may hold
+  int32_t block_rows;  // 8, 16 or 32: the rows that an item may hold
   int32_t mode;
-  int32_t pdl;   // 1: programmatic dependent launch
-  int32_t half;  // 0: all; of a mode with two launches 1: the shrink (reads x), 2: the expand (changes y)
+  int32_t pdl;  // 1: programmatic dependent launch
   void* workspace;
   int64_t workspace_bytes;
 } MedleyCall;

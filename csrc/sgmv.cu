@@ -14,15 +14,16 @@ int blocks_of(int features) { return (features + kBlock - 1) / kBlock; }
 
 bool is_bulk(Step step) { return step == Step::kBulkShrink || step == Step::kBulkExpand; }
 
-template <int MT>
+template <int HALVES>
 int smem_bytes(Step step, int max_pairs) {
-  if (step == Step::kBulkShrink) return bulk::shrink_bytes<MT>();
-  if (step == Step::kBulkExpand) return bulk::expand_bytes<MT>(max_pairs);
-  return ring::Smem<MT>::bytes(max_pairs);
+  if (step == Step::kBulkShrink) return bulk::shrink_bytes<HALVES>();
+  if (step == Step::kBulkExpand) return bulk::expand_bytes<HALVES>(max_pairs);
+  return ring::Smem<(HALVES + 1) / 2>::bytes(max_pairs);
 }
 
 int smem_bytes(int block_rows, Step step, int max_pairs) {
-  return block_rows == 16 ? smem_bytes<1>(step, max_pairs) : smem_bytes<2>(step, max_pairs);
+  if (block_rows == 8) return smem_bytes<1>(step, max_pairs);
+  return block_rows == 16 ? smem_bytes<2>(step, max_pairs) : smem_bytes<4>(step, max_pairs);
 }
 
 // What a mode launches.
@@ -129,7 +130,7 @@ int medley_abi(void) { return MEDLEY_ABI; }
 int64_t medley_sgmv_workspace(const MedleyGroup* g, int32_t max_items, int32_t block_rows, int32_t mode) {
   if (mode == MEDLEY_FUSED) return 0;
   const int64_t slices = mode == MEDLEY_BULK ? bulk::kSlices : ring::kSlices;
-  return max_items * slices * g->num_sites * MEDLEY_MAX_TILES * (block_rows / 16) * kLanes * 16;
+  return max_items * slices * g->num_sites * MEDLEY_MAX_TILES * ((block_rows + 15) / 16) * kLanes * 16;
 }
 
 int medley_sgmv_room(const MedleyGroup* g, int32_t block_rows, int32_t mode, int32_t* parts, int32_t* column_blocks,
@@ -149,18 +150,16 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   if (int code = check_group(g, error, bytes)) return code;
   if (c->dtype != MEDLEY_BF16 && c->dtype != MEDLEY_FP16)
     return refuse(error, bytes, "dtype: got %d, wanted 0 (bfloat16) or 1 (float16)", c->dtype);
-  if (c->block_rows != 16 && c->block_rows != 32)
-    return refuse(error, bytes, "block_rows: got %d, wanted 16 or 32", c->block_rows);
+  if (c->block_rows != 8 && c->block_rows != 16 && c->block_rows != 32)
+    return refuse(error, bytes, "block_rows: got %d, wanted 8, 16 or 32", c->block_rows);
   if (c->mode < MEDLEY_FUSED || c->mode > MEDLEY_BULK)
     return refuse(error, bytes, "mode: got %d, wanted 0 (fused), 1 (planes) or 2 (bulk)", c->mode);
-  if (c->half < 0 || c->half > (c->mode == MEDLEY_FUSED ? 0 : 2))
-    return refuse(error, bytes, "half: got %d, wanted 0%s", c->half, c->mode == MEDLEY_FUSED ? "" : ", 1 or 2");
   if (c->layer < 0 || c->layer >= g->num_layers)
     return refuse(error, bytes, "layer: got %d, wanted 0 to %d", c->layer, g->num_layers - 1);
-  if (c->half != 1 && (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8))
+  if (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8)
     return refuse(error, bytes, "y: got address %p and row stride %lld, wanted 16-byte aligned rows", c->y,
                   static_cast<long long>(c->y_stride));
-  if (c->half != 2 && (!c->x || reinterpret_cast<uintptr_t>(c->x) % 16 || c->x_stride % 8))
+  if (!c->x || reinterpret_cast<uintptr_t>(c->x) % 16 || c->x_stride % 8)
     return refuse(error, bytes, "x: got address %p and row stride %lld, wanted 16-byte aligned rows", c->x,
                   static_cast<long long>(c->x_stride));
   if (!c->items || !c->header) return refuse(error, bytes, "items: got a null pointer");
@@ -196,7 +195,6 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   Step steps[2];
   const int num_launches = steps_of(c->mode, steps);
   for (int i = 0; i < num_launches; ++i) {
-    if (c->half != 0 && c->half != i + 1) continue;
     Launch launch = {};
     const auto to = static_cast<cudaStream_t>(stream);
     if (int code = prepare(g, c->dtype, c->block_rows, steps[i], c->pdl != 0, to, launch, error, bytes)) return code;

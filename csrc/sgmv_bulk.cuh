@@ -22,8 +22,11 @@ constexpr int kStep = kDepth * kWarps;  // blocks of K or of columns in one stag
 constexpr int kCopyBytes = kStep * kBlockBytes;  // of one pair or tile in a stage
 constexpr int kMaxStages = 12;
 // Thread blocks on a multiprocessor. Four small ones hide each other's waits better than two large ones.
-template <int MT>
-constexpr int kResident = MT == 1 ? 4 : 2;
+template <int HALVES>
+constexpr int kResident = HALVES <= 2 ? 4 : 2;
+// An item's rows, 8 to a half; the tensor cores take two halves at once.
+template <int HALVES>
+constexpr int kPairsOfHalves = (HALVES + 1) / 2;
 
 inline __device__ unsigned address_of(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -110,18 +113,18 @@ inline __device__ const char* pair_of_lane(const Params& p, const Work& work, in
 }
 
 // 8 numbers of x or y for each row of a lane and each of the warp's blocks in a step, loaded a step ahead.
-template <int MT>
+template <int HALVES>
 struct Ahead {
-  uint4 values[kDepth][2 * MT];
+  uint4 values[kDepth][HALVES];
 };
 
 // The way of a lane through rows of x or y: its rows are `group` + 8 h of the item, its columns 8 of every block.
-template <int MT>
+template <int HALVES>
 struct Lanes {
   static constexpr int kAhead = kWarps * kBlock;  // columns from a block of the warp to its next
   char* base;
   unsigned offset, half;  // bytes: to this lane's row and columns, and to its row 8 further on
-  int left[2 * MT];       // columns from there on that this lane may touch; 0 or less for rows that are not there
+  int left[HALVES];       // columns from there on that this lane may touch; 0 or less for rows that are not there
 
   // columns: where the step begins, and where what may be touched ends.
   __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int warp, int group, int quad)
@@ -130,15 +133,15 @@ struct Lanes {
     offset = static_cast<unsigned>((work.row_start + group) * stride + column) * 2;
     half = static_cast<unsigned>(stride) * 16;
 #pragma unroll
-    for (int h = 0; h < 2 * MT; ++h) left[h] = h * 8 + group < work.num_rows ? end - column : 0;
+    for (int h = 0; h < HALVES; ++h) left[h] = h * 8 + group < work.num_rows ? end - column : 0;
   }
   __device__ char* at(int d, int h) const { return base + (offset + h * half + d * kAhead * 2); }
   __device__ bool has(int d, int h) const { return d * kAhead < left[h]; }
-  __device__ void load(Ahead<MT>& ahead) const {
+  __device__ void load(Ahead<HALVES>& ahead) const {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
 #pragma unroll
-      for (int h = 0; h < 2 * MT; ++h) {
+      for (int h = 0; h < HALVES; ++h) {
         ahead.values[d][h] = make_uint4(0, 0, 0, 0);
         if (has(d, h)) ahead.values[d][h] = __ldcg(reinterpret_cast<const uint4*>(at(d, h)));
       }
@@ -146,23 +149,26 @@ struct Lanes {
   __device__ void advance() {
     offset += kStep * kBlock * 2;
 #pragma unroll
-    for (int h = 0; h < 2 * MT; ++h) left[h] -= kStep * kBlock;
+    for (int h = 0; h < HALVES; ++h) left[h] -= kStep * kBlock;
   }
 };
 
 // Shared memory: the ring, its barriers, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
 constexpr int kShrinkRing = 32 << 10, kExpandRing = 32 << 10;
-template <int MT>
+template <int HALVES>
 constexpr int shrink_bytes() {
+  constexpr int MT = kPairsOfHalves<HALVES>;
   return kShrinkRing + Ring::kBarrierBytes + kWarps * kGroup * MT * kLanes * 16;
 }
-template <int MT>
+template <int HALVES>
 constexpr int expand_bytes(int max_pairs) {
+  constexpr int MT = kPairsOfHalves<HALVES>;
   return kExpandRing + Ring::kBarrierBytes + max_pairs * MT * kLanes * 16;
 }
 
-template <typename T, int MT>
-__global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(const __grid_constant__ Params p) {
+template <typename T, int HALVES>
+__global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(const __grid_constant__ Params p) {
+  constexpr int MT = kPairsOfHalves<HALVES>;
   extern __shared__ __align__(128) char shared[];
   const int size = p.header[2];
   Ring ring(shared, kShrinkRing, size);
@@ -200,14 +206,14 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
     const int begin = work.part * per_slice, end = min(begin + per_slice, p.k_blocks);
     float4* plane = p.planes + static_cast<long long>(unit) * p.max_pairs * MT * kLanes;
     const bool has_row = group < work.num_rows;
-    const Lanes<MT> start(p.x, p.x_stride, work, begin * kBlock, min(p.in_features, end * kBlock), warp, group, quad);
-    Lanes<MT> x = start;
-    Ahead<MT> even, odd;
+    const Lanes<HALVES> start(p.x, p.x_stride, work, begin * kBlock, min(p.in_features, end * kBlock), warp, group, quad);
+    Lanes<HALVES> x = start;
+    Ahead<HALVES> even, odd;
     x.load(even);
     for (int first = 0; first < work.num_pairs; first += size) {
       const int count = min(size, work.num_pairs - first);
       float acc[kGroup][MT][4] = {};
-      auto step = [&](int k, const Ahead<MT>& now, Ahead<MT>& next) {
+      auto step = [&](int k, const Ahead<HALVES>& now, Ahead<HALVES>& next) {
         // After the last step of a pass comes the first of the next, over the same x.
         if (k + kStep < end)
           x.advance();
@@ -225,7 +231,9 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) shrink_kernel(cons
             const uint4 w = Ring::load(from + i * kCopyBytes + d * kWarps * kBlockBytes);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-              const uint4 &top = now.values[d][2 * m], &bottom = now.values[d][2 * m + 1];
+              const uint4& top = now.values[d][2 * m];
+              uint4 bottom = make_uint4(0, 0, 0, 0);
+              if constexpr (HALVES > 1) bottom = now.values[d][2 * m + 1];
               Number<T>::mma(acc[i][m], top.x, bottom.x, top.y, bottom.y, w.x, w.y);
               Number<T>::mma(acc[i][m], top.z, bottom.z, top.w, bottom.w, w.z, w.w);
             }
@@ -276,12 +284,13 @@ inline __device__ Span span_of(const Params& p, const Work& work, int s, int fir
 }
 
 // Add to rows of y that were loaded a step ago, and store them.
-template <typename T, int MT>
-__device__ void add_to(const Lanes<MT>& y, const Ahead<MT>& before, const float (&acc)[kDepth][MT][4][4]) {
+template <typename T, int HALVES>
+__device__ void add_to(const Lanes<HALVES>& y, const Ahead<HALVES>& before,
+                       const float (&acc)[kDepth][kPairsOfHalves<HALVES>][4][4]) {
 #pragma unroll
   for (int d = 0; d < kDepth; ++d)
 #pragma unroll
-    for (int h = 0; h < 2 * MT; ++h) {
+    for (int h = 0; h < HALVES; ++h) {
       if (!y.has(d, h)) continue;
       const uint4& was = before.values[d][h];
       const unsigned words[4] = {was.x, was.y, was.z, was.w};
@@ -296,8 +305,9 @@ __device__ void add_to(const Lanes<MT>& y, const Ahead<MT>& before, const float 
     }
 }
 
-template <typename T, int MT>
-__global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(const __grid_constant__ Params p) {
+template <typename T, int HALVES>
+__global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(const __grid_constant__ Params p) {
+  constexpr int MT = kPairsOfHalves<HALVES>;
   extern __shared__ __align__(128) char shared[];
   const int size = p.header[3];
   Ring ring(shared, kExpandRing, size);
@@ -343,13 +353,13 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(cons
     const int to_site = site_of_column_block(p, max(end - 1, 0));
     auto rows_of = [&](const Span& span) {
       const int shift = p.y_begin[span.site] - p.n_begin[span.site] * kBlock;  // from the group's columns to y's
-      return Lanes<MT>(p.y, p.y_stride, work, shift + span.begin * kBlock,
+      return Lanes<HALVES>(p.y, p.y_stride, work, shift + span.begin * kBlock,
                        min(p.y_begin[span.site] + p.out_features[span.site], shift + span.end * kBlock), warp, group,
                        quad);
     };
     // The first rows of y are on their way while the low-rank rows are added up.
-    Ahead<MT> even, odd;
-    Lanes<MT> y = rows_of(span_of(p, work, from_site, begin, end));
+    Ahead<HALVES> even, odd;
+    Lanes<HALVES> y = rows_of(span_of(p, work, from_site, begin, end));
     y.load(even);
     if (group < work.num_rows && begin < end) {
       for (int e = warp; e < work.num_pairs * MT; e += kWarps) {
@@ -372,13 +382,13 @@ __global__ void __launch_bounds__(kAllThreads, kResident<MT>) expand_kernel(cons
       }
       const uint4* mine = low + work.active_of(s) * MT * kLanes + lane;
       auto run = [&](auto&& multiply) {
-        auto step = [&](const Ahead<MT>& now, Ahead<MT>& next) {
-          const Lanes<MT> here = y;
+        auto step = [&](const Ahead<HALVES>& now, Ahead<HALVES>& next) {
+          const Lanes<HALVES> here = y;
           y.advance();
           y.load(next);
           float acc[kDepth][MT][4][4] = {};
           multiply(acc);
-          add_to<T, MT>(here, now, acc);
+          add_to<T, HALVES>(here, now, acc);
         };
         for (int n = span.begin; n < span.end; n += 2 * kStep) {
           step(even, odd);

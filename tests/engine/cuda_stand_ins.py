@@ -212,7 +212,6 @@ def cuda_forward(
 ) -> Iterator[Callable[..., Any]]:
     """Within it: a function with ModelForward's arguments that gives a CudaForward of stand-ins."""
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -17,7 +17,7 @@ from medley.spec.base_models import BaseModel
 from medley_worker.ops.backend import LayerCache, StepPlan
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.rope import cos_sin_cache, rope_frequencies
-from medley_worker.ops.sgmv import SgmvBatch, sgmv_apply, sgmv_expand, sgmv_shrink
+from medley_worker.ops.sgmv import SgmvBatch, sgmv_apply
 
 
 class CudaBackend:
@@ -25,7 +25,6 @@ class CudaBackend:
 
     def __init__(self, config: BaseModel, device: torch.device) -> None:
         self._config = config
-        self._side: torch.cuda.Stream | None = None
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._cos_sin = cos_sin_cache(frequencies.to(device), config.max_model_len)
 
@@ -49,22 +48,10 @@ class CudaBackend:
     def project(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, layer: int, lora: object | None
     ) -> Tensor:
-        if lora is None:
-            return self.linear(x, weight, bias)
-        assert isinstance(lora, SgmvBatch)
-        if not (torch.cuda.is_current_stream_capturing() and lora.lora.has_halves):
-            y = self.linear(x, weight, bias)
-            sgmv_apply(y, x, group, layer, lora)
-            return y
-        # In a graph the shrink is a branch beside the base product: both only read x.
-        main = torch.cuda.current_stream()
-        side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            sgmv_shrink(x, group, layer, lora)
         y = self.linear(x, weight, bias)
-        main.wait_stream(side)
-        sgmv_expand(y, group, layer, lora)
+        if lora is not None:
+            assert isinstance(lora, SgmvBatch)
+            sgmv_apply(y, x, group, layer, lora)
         return y
 
     def attention(

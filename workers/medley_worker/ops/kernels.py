@@ -14,7 +14,7 @@ from medley_worker.ops.build import library
 MAX_SITES, MAX_TILES = 3, 16
 MODES = {"fused": 0, "planes": 1, "bulk": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_ABI = 2
+_ABI = 1
 _ERROR_BYTES = 512
 
 # MedleyItem of csrc/medley.h.
@@ -63,7 +63,6 @@ class Call(ctypes.Structure):
         ("block_rows", c_int32),
         ("mode", c_int32),
         ("pdl", c_int32),
-        ("half", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
     )

@@ -20,13 +20,11 @@ from medley_worker.ops.kernels import DTYPES, ITEM, MAX_SITES, MAX_TILES, MODES,
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, GroupShape
 from medley_worker.ops.sgmv_layout import BLOCK, FragmentLayout, fragment_layout
 
-__all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply", "sgmv_expand", "sgmv_shrink"]
+__all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply"]
 
-SHRINK, EXPAND = 1, 2  # MedleyCall.half
-
-# Rows of a work item. The larger one reads weights half as often, the smaller one keeps twice the blocks in flight;
-# a row's bits are the same in both.
-DECODE_ROWS, PREFILL_ROWS = BLOCK_ROWS = (16, 32)
+# Rows of a work item. The larger one reads weights a quarter as often, the smaller one leaves registers for more
+# warps; a row's bits are the same in both.
+DECODE_ROWS, PREFILL_ROWS = BLOCK_ROWS = (8, 32)
 PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
@@ -140,33 +138,22 @@ class SgmvLora:
         event.record()
         return SgmvBatch(self, block_rows, len(distinct))
 
-    @property
-    def has_halves(self) -> bool:
-        """Whether shrink and expand are launches of their own."""
-        return self._mode != MODES["fused"]
-
-    def apply(
-        self, y: Tensor | None, x: Tensor | None, group: str, layer: int, block_rows: int, pdl: bool = True
-    ) -> None:
-        """See `sgmv_apply`. Without y only the shrink runs, without x only the expand."""
+    def apply(self, y: Tensor, x: Tensor, group: str, layer: int, block_rows: int) -> None:
+        """See `sgmv_apply`."""
         shape = self._groups.get(group)
         if shape is None:
             raise ValueError(f"group: got {group!r}, wanted one of {', '.join(self._groups)}")
         if not 0 <= layer < shape.num_layers:
             raise ValueError(f"layer: got {layer}, wanted 0 to {shape.num_layers - 1}")
+        self._check("y", y, sum(shape.out_features[: shape.num_sites]))
+        self._check("x", x, shape.in_features)
+        if len(y) != len(x):
+            raise ValueError(f"x: got {len(x)} rows, wanted {len(y)}, those of y")
         call = self._calls.get((group, layer, block_rows))
         if call is None:
             call = self._calls[group, layer, block_rows] = self._new_call(group, layer, block_rows)
-        if y is not None:
-            self._check("y", y, sum(shape.out_features[: shape.num_sites]))
-            call.y, call.y_stride = y.data_ptr(), y.stride(0)
-        if x is not None:
-            self._check("x", x, shape.in_features)
-            call.x, call.x_stride = x.data_ptr(), x.stride(0)
-        if y is not None and x is not None and len(y) != len(x):
-            raise ValueError(f"x: got {len(x)} rows, wanted {len(y)}, those of y")
-        call.half = SHRINK if y is None else EXPAND if x is None else 0
-        call.pdl = self._pdl and pdl
+        call.y, call.y_stride = y.data_ptr(), y.stride(0)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0)
         with torch.cuda.device(self.device):
             self._kernels.sgmv(shape, call, torch.cuda.current_stream().cuda_stream)
 
@@ -189,6 +176,7 @@ class SgmvLora:
             dtype=DTYPES[self.dtype],
             block_rows=block_rows,
             mode=self._mode,
+            pdl=self._pdl,
             workspace=self._workspace.data_ptr(),
             workspace_bytes=self._workspace.numel(),
         )
@@ -270,19 +258,6 @@ def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, batch: SgmvBatch) -
     the current stream; may be captured. Raises ValueError or KernelError naming the argument that is wrong.
     """
     batch.lora.apply(y, x, group, layer, batch.block_rows)
-
-
-def sgmv_shrink(x: Tensor, group: str, layer: int, batch: SgmvBatch) -> None:
-    """The first half of `sgmv_apply`: x @ A, into the work space of `batch`. It may run beside what makes y.
-
-    `sgmv_expand` of the same group and layer comes next in order; no other site may come between.
-    """
-    batch.lora.apply(None, x, group, layer, batch.block_rows, pdl=False)
-
-
-def sgmv_expand(y: Tensor, group: str, layer: int, batch: SgmvBatch) -> None:
-    """The second half of `sgmv_apply`: y[t] += scale * (what `sgmv_shrink` left) @ B."""
-    batch.lora.apply(y, None, group, layer, batch.block_rows)
 
 
 def _group(layout: FragmentLayout, group: GroupShape) -> Group:
