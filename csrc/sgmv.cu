@@ -99,7 +99,7 @@ int prepare(const MedleyGroup* g, int dtype, int block_rows, Step step, bool pdl
             char* error, int64_t bytes) {
   launch.kernel = (dtype == MEDLEY_BF16 ? pick_bf16 : pick_fp16)(block_rows, step);
   launch.config = {};
-  launch.config.blockDim = dim3(is_bulk(step) ? bulk::kAllThreads : kThreads);
+  launch.config.blockDim = dim3(is_bulk(step) ? bulk::kThreads : kThreads);
   launch.config.gridDim = dim3(ring::kSlices);
   launch.config.dynamicSmemBytes = smem_bytes(block_rows, step, g->num_sites * MEDLEY_MAX_TILES);
   launch.config.stream = stream;

@@ -1,26 +1,25 @@
 // SGMV for Hopper: two launches, weights by bulk copies, sums over K through a workspace.
 //
-// A warp of its own keeps stages of up to 16 KB in flight from weights to shared memory, so that the others issue little
-// more than the tensor cores' instructions. Its copies do not depend on the kernel before, and start while that still
-// runs (programmatic dependent launch): the expand's weights arrive while the shrink adds up.
+// Each warp keeps stages of weights in flight to shared memory of its own, so that no warp waits for another and the
+// rest is little more than the tensor cores' instructions. Weights do not depend on the kernel before, so their copies
+// start while that still runs (programmatic dependent launch): the expand's arrive while the shrink adds up.
 //
 // How a row's sums are ordered depends on K alone: 8 slices take a range of K each, the 4 warps of a slice take its
-// blocks of 32 in turn, a warp adds its own in order, then the warps of a slice are added in order, then the slices.
-// So a row's bits are the same in any batch and any block. There is no atomic and nothing to clear.
+// blocks of 32 two by two in turn, a warp adds its own in order, then the warps of a slice are added in order, then the
+// slices. So a row's bits are the same in any batch and any block. There is no atomic and nothing to clear.
 #pragma once
 
 #include "sgmv_common.cuh"
 
 namespace medley::bulk {
 
-constexpr int kWarps = 4, kThreads = kWarps * kLanes;  // that compute
-constexpr int kAllThreads = kThreads + kLanes;         // and a warp that copies
+constexpr int kWarps = 4, kThreads = kWarps * kLanes;
 constexpr int kSlices = 8;
 constexpr int kGroup = 4;               // (tile, site) pairs, or tiles, in one stage at the most
-constexpr int kDepth = 2;               // blocks of a stage that a warp works on: of K, or of columns
-constexpr int kStep = kDepth * kWarps;  // blocks of K or of columns in one stage
-constexpr int kCopyBytes = kStep * kBlockBytes;  // of one pair or tile in a stage
-constexpr int kMaxStages = 12;
+constexpr int kDepth = 2;               // neighbouring blocks, of K or of columns, that a warp works on in a step
+constexpr int kStep = kDepth * kWarps;  // blocks in a step
+constexpr int kCopyBytes = kDepth * kBlockBytes;  // of one pair or tile in a stage
+constexpr int kMaxStages = 8;
 // Thread blocks on a multiprocessor. Four small ones hide each other's waits better than two large ones.
 template <int HALVES>
 constexpr int kResident = HALVES <= 2 ? 4 : 2;
@@ -32,67 +31,59 @@ inline __device__ unsigned address_of(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// A ring of stages with a barrier for "full" and one for "empty" each. A stage holds `group` pairs or tiles, so that
-// the whole of it is in flight whatever the ranks are; bytes: of the ring.
+// A warp's ring of stages, each with a barrier that its copies complete. A stage holds `group` pairs or tiles, so that
+// as much as there is room for is in flight whatever the ranks are.
 struct Ring {
-  unsigned data, full, empty;  // shared addresses
-  int stage_bytes, num_stages, stage = 0, phase = 0;
+  unsigned data, full;  // shared addresses, of this warp
+  int stage_bytes, num_stages, head = 0, tail = 0, phase = 0;
 
-  __device__ Ring(void* memory, int bytes, int group)
-      : data(address_of(memory)), full(data + bytes), empty(full + kMaxStages * 8), stage_bytes(group * kCopyBytes),
-        num_stages(min(kMaxStages, bytes / stage_bytes)) {}
-  static constexpr int kBarrierBytes = 2 * kMaxStages * 8;
+  __device__ Ring(void* memory, int bytes, int group, int warp)
+      : data(address_of(memory) + warp * (bytes / kWarps)),
+        full(address_of(memory) + bytes + warp * kMaxStages * 8), stage_bytes(group * kCopyBytes),
+        num_stages(min(kMaxStages, bytes / kWarps / stage_bytes)) {}
+  static constexpr int kBarrierBytes = kWarps * kMaxStages * 8;
 
+  // By one lane, before any other uses it.
   __device__ void init() {
 #if __CUDA_ARCH__ >= 900
-    for (int s = 0; s < num_stages; ++s) {
+    for (int s = 0; s < num_stages; ++s)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + s * 8) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + s * 8), "r"(kWarps) : "memory");
-    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
-  __device__ void advance() {
-    if (++stage == num_stages) stage = 0, phase ^= 1;
+  // Fill the next stage: lanes below `count` bring `bytes` each. All lanes call it.
+  __device__ void fill(const char* from, int count, int bytes, int lane) {
+#if __CUDA_ARCH__ >= 900
+    const unsigned barrier = full + head * 8;
+    if (lane == 0)
+      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n}" ::"r"(barrier),
+                   "r"(count * bytes)
+                   : "memory");
+    __syncwarp();
+    if (lane < count)
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              data + head * stage_bytes + lane * kCopyBytes),
+          "l"(from), "r"(bytes), "r"(barrier)
+          : "memory");
+#endif
+    if (++head == num_stages) head = 0;
   }
-  static __device__ void wait(unsigned barrier, int parity) {
+  // Wait for the oldest stage; where this lane's 16 bytes of its first block lie.
+  __device__ unsigned wait(int lane) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-            barrier),
-        "r"(parity)
+            full + tail * 8),
+        "r"(phase)
         : "memory");
 #endif
+    return data + tail * stage_bytes + lane * 16;
   }
-  __device__ void wait_full() const { wait(full + stage * 8, phase); }
-  __device__ void wait_empty() const { wait(empty + stage * 8, phase ^ 1); }
-  // One lane of each computing warp, when all of the warp have read the stage.
-  __device__ void release() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(empty + stage * 8)
-                 : "memory");
-#endif
-  }
-  __device__ void expect(int bytes) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n}" ::"r"(
-                     full + stage * 8),
-                 "r"(bytes)
-                 : "memory");
-#endif
-  }
-  __device__ void copy(int offset, const char* from, int bytes) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            data + stage * stage_bytes + offset),
-        "l"(from), "r"(bytes), "r"(full + stage * 8)
-        : "memory");
-#endif
-  }
-  // Where this lane's 16 bytes of the warp's first block lie; its next block is kWarps on, the next pair's kStep.
-  __device__ unsigned mine(int warp, int lane) const {
-    return data + stage * stage_bytes + warp * kBlockBytes + lane * 16;
+  // All lanes have read the oldest stage.
+  __device__ void release() {
+    __syncwarp();
+    if (++tail == num_stages) tail = 0, phase ^= 1;
   }
   static __device__ uint4 load(unsigned from) {
     uint4 v;
@@ -100,8 +91,6 @@ struct Ring {
     return v;
   }
 };
-
-inline __device__ void sync_computing() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
 inline __device__ int slice_blocks(const Params& p) { return (p.k_blocks + kSlices - 1) / kSlices; }
 
@@ -121,7 +110,6 @@ struct Ahead {
 // The way of a lane through rows of x or y: its rows are `group` + 8 h of the item, its columns 8 of every block.
 template <int HALVES>
 struct Lanes {
-  static constexpr int kAhead = kWarps * kBlock;  // columns from a block of the warp to its next
   char* base;
   unsigned offset, half;  // bytes: to this lane's row and columns, and to its row 8 further on
   int left[HALVES];       // columns from there on that this lane may touch; 0 or less for rows that are not there
@@ -129,14 +117,14 @@ struct Lanes {
   // columns: where the step begins, and where what may be touched ends.
   __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int warp, int group, int quad)
       : base(static_cast<char*>(const_cast<void*>(rows))) {
-    const int column = begin + warp * kBlock + quad * 8;
+    const int column = begin + warp * kDepth * kBlock + quad * 8;
     offset = static_cast<unsigned>((work.row_start + group) * stride + column) * 2;
     half = static_cast<unsigned>(stride) * 16;
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) left[h] = h * 8 + group < work.num_rows ? end - column : 0;
   }
-  __device__ char* at(int d, int h) const { return base + (offset + h * half + d * kAhead * 2); }
-  __device__ bool has(int d, int h) const { return d * kAhead < left[h]; }
+  __device__ char* at(int d, int h) const { return base + (offset + h * half + d * kBlock * 2); }
+  __device__ bool has(int d, int h) const { return d * kBlock < left[h]; }
   __device__ void load(Ahead<HALVES>& ahead) const {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
@@ -154,7 +142,7 @@ struct Lanes {
 };
 
 // Shared memory: the ring, its barriers, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
-constexpr int kShrinkRing = 32 << 10, kExpandRing = 32 << 10;
+constexpr int kShrinkRing = 40 << 10, kExpandRing = 32 << 10;
 template <int HALVES>
 constexpr int shrink_bytes() {
   constexpr int MT = kPairsOfHalves<HALVES>;
@@ -167,43 +155,40 @@ constexpr int expand_bytes(int max_pairs) {
 }
 
 template <typename T, int HALVES>
-__global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kResident<HALVES>) shrink_kernel(const __grid_constant__ Params p) {
   constexpr int MT = kPairsOfHalves<HALVES>;
   extern __shared__ __align__(128) char shared[];
   const int size = p.header[2];
-  Ring ring(shared, kShrinkRing, size);
-  float4* part = reinterpret_cast<float4*>(shared + kShrinkRing + Ring::kBarrierBytes);  // [warps][kGroup][MT][lanes]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
-  if (threadIdx.x == 0) ring.init();
-  __syncthreads();
+  Ring ring(shared, kShrinkRing, size, warp);
+  float4* part = reinterpret_cast<float4*>(shared + kShrinkRing + Ring::kBarrierBytes);  // [warps][kGroup][MT][lanes]
+  if (lane == 0) ring.init();
+  __syncwarp();
   let_next_kernel_start();
   const int num_units = p.header[0] * kSlices, per_slice = slice_blocks(p);
-  Work work;
+  bool is_first = true;
 
-  if (warp == kWarps) {
-    for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-      work.load(p, unit, kSlices, lane);
-      const int begin = work.part * per_slice, end = min(begin + per_slice, p.k_blocks);
-      for (int first = 0; first < work.num_pairs; first += size) {
-        const int count = min(size, work.num_pairs - first);
-        const char* from = pair_of_lane(p, work, first, lane);
-        for (int k = begin; k < end; k += kStep, ring.advance()) {
-          const int bytes = min(kStep, end - k) * kBlockBytes;
-          ring.wait_empty();
-          if (lane == 0) ring.expect(count * bytes);
-          __syncwarp();
-          if (lane < count) ring.copy(lane * kStep * kBlockBytes, from + k * kBlockBytes, bytes);
-        }
-      }
-    }
-    return;
-  }
-
-  if (blockIdx.x < num_units) work.load(p, blockIdx.x, kSlices, lane);
-  wait_for_previous_kernel();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    if (unit != blockIdx.x) work.load(p, unit, kSlices, lane);
+    Work work;
+    work.load(p, unit, kSlices, lane);
     const int begin = work.part * per_slice, end = min(begin + per_slice, p.k_blocks);
+    // Where the next copies are, ahead of where the sums are.
+    int next_first = 0, next_k = begin;
+    const char* from = pair_of_lane(p, work, 0, lane);
+    auto fill = [&] {
+      const int blocks = min(kDepth, end - next_k - warp * kDepth);
+      if (next_first < work.num_pairs && blocks > 0)
+        ring.fill(from + (next_k + warp * kDepth) * kBlockBytes, min(size, work.num_pairs - next_first),
+                  blocks * kBlockBytes, lane);
+      next_k += kStep;
+      if (next_k < end) return;
+      next_k = begin;
+      next_first += size;
+      if (next_first < work.num_pairs) from = pair_of_lane(p, work, next_first, lane);
+    };
+    for (int i = 0; i < ring.num_stages; ++i) fill();
+    if (is_first) wait_for_previous_kernel();
+    is_first = false;
     float4* plane = p.planes + static_cast<long long>(unit) * p.max_pairs * MT * kLanes;
     const bool has_row = group < work.num_rows;
     const Lanes<HALVES> start(p.x, p.x_stride, work, begin * kBlock, min(p.in_features, end * kBlock), warp, group, quad);
@@ -220,15 +205,16 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(
         else
           x = start;
         if (k + kStep < end || first + size < work.num_pairs) x.load(next);
-        ring.wait_full();
-        const unsigned from = ring.mine(warp, lane);
+        const int blocks = end - k - warp * kDepth;
+        if (blocks <= 0) return fill();
+        const unsigned here = ring.wait(lane);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           if (i >= count) break;
 #pragma unroll
           for (int d = 0; d < kDepth; ++d) {
-            if (k + d * kWarps + warp >= end) break;
-            const uint4 w = Ring::load(from + i * kCopyBytes + d * kWarps * kBlockBytes);
+            if (d >= blocks) break;
+            const uint4 w = Ring::load(here + i * kCopyBytes + d * kBlockBytes);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
               const uint4& top = now.values[d][2 * m];
@@ -239,9 +225,8 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(
             }
           }
         }
-        __syncwarp();
-        if (lane == 0) ring.release();
-        ring.advance();
+        ring.release();
+        fill();
       };
       for (int k = begin; k < end; k += 2 * kStep) {
         step(k, even, odd);
@@ -258,7 +243,7 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(
             for (int m = 0; m < MT; ++m)
               part[((warp * kGroup + i) * MT + m) * kLanes + lane] =
                   make_float4(acc[i][m][0], acc[i][m][1], acc[i][m][2], acc[i][m][3]);
-      sync_computing();
+      __syncthreads();
       for (int e = warp; e < count * MT; e += kWarps)
         if (has_row) {
           float4 sum = part[e * kLanes + lane];
@@ -266,9 +251,11 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) shrink_kernel(
           for (int w = 1; w < kWarps; ++w) sum = sum + part[(w * kGroup * MT + e) * kLanes + lane];
           __stcg(plane + (first * MT + e) * kLanes + lane, sum);
         }
-      sync_computing();
+      __syncthreads();
     }
   }
+  // Who comes next counts on this kernel to have waited, also where there was nothing to do.
+  if (is_first) wait_for_previous_kernel();
 }
 
 // A part of an item's columns within one adapted site: column blocks `begin` to `end` of the group.
@@ -306,48 +293,48 @@ __device__ void add_to(const Lanes<HALVES>& y, const Ahead<HALVES>& before,
 }
 
 template <typename T, int HALVES>
-__global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kResident<HALVES>) expand_kernel(const __grid_constant__ Params p) {
   constexpr int MT = kPairsOfHalves<HALVES>;
   extern __shared__ __align__(128) char shared[];
   const int size = p.header[3];
-  Ring ring(shared, kExpandRing, size);
-  uint4* low = reinterpret_cast<uint4*>(shared + kExpandRing + Ring::kBarrierBytes);  // [pairs][MT][lanes]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
-  if (threadIdx.x == 0) ring.init();
-  __syncthreads();
+  Ring ring(shared, kExpandRing, size, warp);
+  uint4* low = reinterpret_cast<uint4*>(shared + kExpandRing + Ring::kBarrierBytes);  // [pairs][MT][lanes]
+  if (lane == 0) ring.init();
+  __syncwarp();
   let_next_kernel_start();
   const int parts = p.header[1], num_units = p.header[0] * parts;
   const int per_part = (p.num_column_blocks + parts - 1) / parts;
-  Work work;
+  bool is_first = true;
 
-  if (warp == kWarps) {
-    for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-      work.load(p, unit, parts, lane);
-      const int begin = work.part * per_part, end = min(begin + per_part, p.num_column_blocks);
-      const char* from = work.tile + p.b_offset;
-      for (int s = 0; s < MEDLEY_MAX_SITES; ++s) {
-        const Span span = span_of(p, work, s, begin, end);
-        for (int n = span.begin; n < span.end; n += kStep) {
-          const int bytes = min(kStep, span.end - n) * kBlockBytes;
-          for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
-            const int count = min(size, work.num_tiles - first);
-            const char* mine = from_lane(from, first + lane);
-            ring.wait_empty();
-            if (lane == 0) ring.expect(count * bytes);
-            __syncwarp();
-            if (lane < count) ring.copy(lane * kCopyBytes, mine + n * kBlockBytes, bytes);
-          }
-        }
-      }
-    }
-    return;
-  }
-
-  if (blockIdx.x < num_units) work.load(p, blockIdx.x, parts, lane);
-  wait_for_previous_kernel();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    if (unit != blockIdx.x) work.load(p, unit, parts, lane);
+    Work work;
+    work.load(p, unit, parts, lane);
     const int begin = work.part * per_part, end = min(begin + per_part, p.num_column_blocks);
+    // Where the next copies are, ahead of where the products are.
+    Span next = span_of(p, work, 0, begin, end);
+    int next_n = next.begin, next_first = 0;
+    const char* from = from_lane(work.tile, lane) + p.b_offset;
+    auto fill = [&] {
+      while (next_n >= next.end) {
+        if (next.site + 1 >= MEDLEY_MAX_SITES) return;
+        next = span_of(p, work, next.site + 1, begin, end);
+        next_n = next.begin;
+      }
+      const int blocks = min(kDepth, next.end - next_n - warp * kDepth);
+      if (blocks > 0)
+        ring.fill(from + (next_n + warp * kDepth) * kBlockBytes, min(size, work.num_tiles - next_first),
+                  blocks * kBlockBytes, lane);
+      next_first += size;
+      from = from_lane(work.tile, next_first + lane) + p.b_offset;
+      if (next_first < work.num_tiles) return;
+      next_first = 0;
+      from = work.tile + p.b_offset;
+      next_n += kStep;
+    };
+    for (int i = 0; i < ring.num_stages; ++i) fill();
+    if (is_first) wait_for_previous_kernel();
+    is_first = false;
     const float4* plane = p.planes + static_cast<long long>(work.block) * kSlices * p.max_pairs * MT * kLanes;
     const int from_site = site_of_column_block(p, min(begin, p.num_column_blocks - 1));
     const int to_site = site_of_column_block(p, max(end - 1, 0));
@@ -371,7 +358,7 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(
         low[e * kLanes + lane] = Number<T>::encode(sum, __ldg(work.scales + s));
       }
     }
-    sync_computing();
+    __syncthreads();
     const int tile_step = work.num_active * MT * kLanes;
     for (int s = from_site; s <= to_site; ++s) {
       const Span span = span_of(p, work, s, begin, end);
@@ -382,20 +369,20 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(
       }
       const uint4* mine = low + work.active_of(s) * MT * kLanes + lane;
       auto run = [&](auto&& multiply) {
-        auto step = [&](const Ahead<HALVES>& now, Ahead<HALVES>& next) {
+        auto step = [&](int n, const Ahead<HALVES>& now, Ahead<HALVES>& after) {
           const Lanes<HALVES> here = y;
           y.advance();
-          y.load(next);
+          y.load(after);
           float acc[kDepth][MT][4][4] = {};
-          multiply(acc);
+          multiply(acc, span.end - n - warp * kDepth);
           add_to<T, HALVES>(here, now, acc);
         };
         for (int n = span.begin; n < span.end; n += 2 * kStep) {
-          step(even, odd);
-          if (n + kStep < span.end) step(odd, even);
+          step(n, even, odd);
+          if (n + kStep < span.end) step(n + kStep, odd, even);
         }
       };
-      // Blocks past the span are multiplied too, and not stored.
+      // A block past the span is multiplied with whatever is there, and not stored.
       if (work.num_tiles <= 2) {  // up to rank 16: the low-rank rows stay in registers
         const bool has_second = work.num_tiles == 2;
         uint4 v0[MT], v1[MT];
@@ -404,34 +391,36 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(
           v0[m] = mine[m * kLanes];
           v1[m] = has_second ? mine[tile_step + m * kLanes] : make_uint4(0, 0, 0, 0);
         }
-        run([&](float (&acc)[kDepth][MT][4][4]) {
-          ring.wait_full();
-          const unsigned from = ring.mine(warp, lane);
+        run([&](float (&acc)[kDepth][MT][4][4], int blocks) {
+          if (blocks <= 0) return fill();
+          const unsigned here = ring.wait(lane);
 #pragma unroll
           for (int d = 0; d < kDepth; ++d) {
-            const uint4 w0 = Ring::load(from + d * kWarps * kBlockBytes);
+            const uint4 w0 = Ring::load(here + d * kBlockBytes);
             uint4 w1 = make_uint4(0, 0, 0, 0);
-            if (has_second) w1 = Ring::load(from + kCopyBytes + d * kWarps * kBlockBytes);
+            if (has_second) w1 = Ring::load(here + kCopyBytes + d * kBlockBytes);
 #pragma unroll
             for (int m = 0; m < MT; ++m) Number<T>::expand(acc[d][m], v0[m], v1[m], w0, w1);
           }
-          __syncwarp();
-          if (lane == 0) ring.release();
-          ring.advance();
+          ring.release();
+          fill();
         });
       } else {
-        run([&](float (&acc)[kDepth][MT][4][4]) {
-          for (int first = 0; first < work.num_tiles; first += size, ring.advance()) {
+        run([&](float (&acc)[kDepth][MT][4][4], int blocks) {
+          for (int first = 0; first < work.num_tiles; first += size) {
+            if (blocks <= 0) {
+              fill();
+              continue;
+            }
             const int count = min(size, work.num_tiles - first);
-            ring.wait_full();
-            const unsigned from = ring.mine(warp, lane);
+            const unsigned start = ring.wait(lane);
 #pragma unroll
             for (int i = 0; i < kGroup; i += 2) {
               if (i >= count) break;
               const bool has_second = i + 1 < count;
 #pragma unroll
               for (int d = 0; d < kDepth; ++d) {
-                const unsigned block = from + i * kCopyBytes + d * kWarps * kBlockBytes;
+                const unsigned block = start + i * kCopyBytes + d * kBlockBytes;
                 const uint4 w0 = Ring::load(block);
                 const uint4 w1 = has_second ? Ring::load(block + kCopyBytes) : make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -442,14 +431,15 @@ __global__ void __launch_bounds__(kAllThreads, kResident<HALVES>) expand_kernel(
                 }
               }
             }
-            __syncwarp();
-            if (lane == 0) ring.release();
+            ring.release();
+            fill();
           }
         });
       }
     }
-    sync_computing();  // `low` is written again for the next unit
+    __syncthreads();  // `low` is written again for the next unit
   }
+  if (is_first) wait_for_previous_kernel();
 }
 
 }  // namespace medley::bulk
