@@ -45,7 +45,7 @@ typedef struct {
   int64_t y_stride, x_stride;  // elements from row to row
   const MedleyItem* items;     // device
   const int32_t* header;       // device, 4 numbers: items; parts into which the columns of each are divided; and how
-                               // many pairs and tiles MEDLEY_BULK keeps in a stage, 1 to 4 (pairs) and 1, 2, 4 (tiles)
+                               // many pairs (1 to 4) and tiles (1 or 2) MEDLEY_BULK keeps in a stage
   int32_t max_items;           // capacity of `items`
   int32_t layer;
   int32_t dtype;

@@ -15,7 +15,7 @@ namespace medley::bulk {
 
 constexpr int kWarps = 4, kThreads = kWarps * kLanes;
 constexpr int kSlices = 8;
-constexpr int kGroup = 4;               // (tile, site) pairs, or tiles, in one stage at the most
+constexpr int kGroup = 4;               // (tile, site) pairs in one stage at the most; of tiles, two
 constexpr int kDepth = 2;               // neighbouring blocks, of K or of columns, that a warp works on in a step
 constexpr int kStep = kDepth * kWarps;  // blocks in a step
 constexpr int kCopyBytes = kDepth * kBlockBytes;  // of one pair or tile in a stage
@@ -142,16 +142,27 @@ struct Lanes {
 };
 
 // Shared memory: the ring, its barriers, then float4s: partial sums of the warps (shrink), low-rank rows (expand).
-constexpr int kShrinkRing = 40 << 10, kExpandRing = 32 << 10;
+constexpr int kShrinkRing = 40 << 10;
+constexpr int kResidentBytes = 220 << 10;  // of a multiprocessor, for all of its thread blocks
 template <int HALVES>
 constexpr int shrink_bytes() {
   constexpr int MT = kPairsOfHalves<HALVES>;
   return kShrinkRing + Ring::kBarrierBytes + kWarps * kGroup * MT * kLanes * 16;
 }
 template <int HALVES>
+__host__ __device__ constexpr int low_bytes(int max_pairs) {
+  return max_pairs * kPairsOfHalves<HALVES> * kLanes * 16;
+}
+// What the low-rank rows leave to the ring, in whole stages of two tiles.
+template <int HALVES>
+__host__ __device__ constexpr int expand_ring(int max_pairs) {
+  constexpr int kUnit = kWarps * 2 * kCopyBytes;
+  const int left = kResidentBytes / kResident<HALVES> - Ring::kBarrierBytes - low_bytes<HALVES>(max_pairs);
+  return (left < kMaxStages * kUnit ? left / kUnit : kMaxStages) * kUnit;
+}
+template <int HALVES>
 constexpr int expand_bytes(int max_pairs) {
-  constexpr int MT = kPairsOfHalves<HALVES>;
-  return kExpandRing + Ring::kBarrierBytes + max_pairs * MT * kLanes * 16;
+  return expand_ring<HALVES>(max_pairs) + Ring::kBarrierBytes + low_bytes<HALVES>(max_pairs);
 }
 
 template <typename T, int HALVES>
@@ -298,8 +309,9 @@ __global__ void __launch_bounds__(kThreads, kResident<HALVES>) expand_kernel(con
   extern __shared__ __align__(128) char shared[];
   const int size = p.header[3];
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
-  Ring ring(shared, kExpandRing, size, warp);
-  uint4* low = reinterpret_cast<uint4*>(shared + kExpandRing + Ring::kBarrierBytes);  // [pairs][MT][lanes]
+  const int ring_bytes = expand_ring<HALVES>(p.max_pairs);
+  Ring ring(shared, ring_bytes, size, warp);
+  uint4* low = reinterpret_cast<uint4*>(shared + ring_bytes + Ring::kBarrierBytes);  // [pairs][MT][lanes]
   if (lane == 0) ring.init();
   __syncwarp();
   let_next_kernel_start();
@@ -412,23 +424,17 @@ __global__ void __launch_bounds__(kThreads, kResident<HALVES>) expand_kernel(con
               fill();
               continue;
             }
-            const int count = min(size, work.num_tiles - first);
             const unsigned start = ring.wait(lane);
+            const bool has_second = first + 1 < work.num_tiles;
 #pragma unroll
-            for (int i = 0; i < kGroup; i += 2) {
-              if (i >= count) break;
-              const bool has_second = i + 1 < count;
+            for (int d = 0; d < kDepth; ++d) {
+              const uint4 w0 = Ring::load(start + d * kBlockBytes);
+              const uint4 w1 = has_second ? Ring::load(start + kCopyBytes + d * kBlockBytes) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-              for (int d = 0; d < kDepth; ++d) {
-                const unsigned block = start + i * kCopyBytes + d * kBlockBytes;
-                const uint4 w0 = Ring::load(block);
-                const uint4 w1 = has_second ? Ring::load(block + kCopyBytes) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-                for (int m = 0; m < MT; ++m) {
-                  const uint4* here = mine + (first + i) * tile_step + m * kLanes;
-                  const uint4 v1 = has_second ? here[tile_step] : make_uint4(0, 0, 0, 0);
-                  Number<T>::expand(acc[d][m], here[0], v1, w0, w1);
-                }
+              for (int m = 0; m < MT; ++m) {
+                const uint4* here = mine + first * tile_step + m * kLanes;
+                const uint4 v1 = has_second ? here[tile_step] : make_uint4(0, 0, 0, 0);
+                Number<T>::expand(acc[d][m], here[0], v1, w0, w1);
               }
             }
             ring.release();

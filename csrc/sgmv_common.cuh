@@ -57,7 +57,8 @@ struct Number<__nv_bfloat16> {
   }
   // A low-rank value goes through the unit twice: as bfloat16, then what that leaves, 16 bits of mantissa in all.
   static __device__ uint4 encode(float4 v, float scale) {
-    v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+    // Rounded here: fused into the subtraction below it would depend on how a kernel was compiled.
+    v = make_float4(__fmul_rn(v.x, scale), __fmul_rn(v.y, scale), __fmul_rn(v.z, scale), __fmul_rn(v.w, scale));
     const unsigned top = pack(v.x, v.y), bottom = pack(v.z, v.w);
     const float2 a = unpack(top), b = unpack(bottom);
     return make_uint4(top, bottom, pack(v.x - a.x, v.y - a.y), pack(v.z - b.x, v.w - b.y));

@@ -140,5 +140,9 @@ def _versions() -> dict[str, str]:
 
 
 def _command() -> str:
-    module = Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", f"benchmarks.gpu.{module}", *sys.argv[1:]])
+    """What makes these rows again; the folder they went to is not part of it."""
+    module, arguments = Path(sys.argv[0]).stem, sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return shlex.join(["python", "-m", f"benchmarks.gpu.{module}", *arguments])

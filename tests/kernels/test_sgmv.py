@@ -12,7 +12,7 @@ from benchmarks.gpu.workloads import POPULARITIES, adapter_rows
 from sgmv_cases import GROUPS, Adapters, Ranks, Span, assert_bits, base_model, base_rows, span_rows
 
 from medley_worker.ops.kernels import KernelError
-from medley_worker.ops.sgmv import SgmvBatch, SgmvLora
+from medley_worker.ops.sgmv import BLOCK_ROWS, SgmvBatch, SgmvLora
 
 pytestmark = pytest.mark.gpu
 
@@ -287,6 +287,22 @@ def test_bits_do_not_depend_on_neighbours(mixed: Adapters, group: str, num_token
         assert_bits(after[-num_tokens:], wanted, f"behind company {number}")
         before = mixed.run([own, *others], torch.cat((y, y_others)), torch.cat((x, x_others)), group, 1)
         assert_bits(before[:num_tokens], wanted, f"ahead of company {number}")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_bits_do_not_depend_on_how_many_rows_an_item_holds(mixed: Adapters, group: str) -> None:
+    spans: list[Span] = [(8, 1), (3, 5), (None, 2), (20, 8), (23, 9), (11, 31), (9, 33), (15, 100)]
+    y, x = mixed.inputs(group, sum(n for _, n in spans))
+    results = []
+    for block_rows in BLOCK_ROWS:
+        out = y.clone()
+        tiles = [None if a is None else mixed.tiles[a] for a, _ in spans]
+        batch = mixed.lora.batch(tiles, [n for _, n in spans], block_rows)
+        assert batch is not None
+        mixed.apply(out, x, group, 0, batch)
+        results.append(out)
+    for block_rows, got in zip(BLOCK_ROWS, results, strict=True):
+        assert_bits(got, results[0], f"items of {block_rows} rows")
 
 
 def test_bits_do_not_depend_on_where_tiles_lie() -> None:

@@ -29,7 +29,7 @@ PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
 HEADER_BYTES = 16  # before a group's items
-MAX_IN_STAGE = 4  # pairs, or tiles
+PAIRS_IN_STAGE, TILES_IN_STAGE = 4, 2  # at the most
 NUM_STAGES = 3  # work lists on their way to the device: the host is at most two steps ahead
 
 Items = npt.NDArray[np.void]
@@ -238,8 +238,8 @@ class SgmvLora:
         num_parts = max(1, min(room // max(1, len(items)), most))
         tiles = int(items["num_tiles"].max(initial=1))
         pairs = tiles * group.num_sites
-        pairs_in_stage = -(-pairs // -(-pairs // MAX_IN_STAGE))
-        return len(items), num_parts, pairs_in_stage, min(1 << (tiles - 1).bit_length(), MAX_IN_STAGE)
+        pairs_in_stage = -(-pairs // -(-pairs // PAIRS_IN_STAGE))
+        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE)
 
     def _send(self, group: str, items: Items, header: tuple[int, int, int, int], stage: Tensor) -> None:
         start = self._offsets[group]

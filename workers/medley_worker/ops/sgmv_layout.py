@@ -1,7 +1,7 @@
 """The layout of a rank tile that the CUDA kernels read: blocks of 512 bytes in the order of a warp's lanes.
 
-csrc/medley.h has the format, csrc/sgmv.cuh the reason: a warp reads a block with one 16-byte load a lane, and what a
-lane gets is its operand of the tensor cores' instruction, so weights pass through no shared memory.
+csrc/medley.h has the format. The reason: a warp reads a block with one 16-byte load a lane, and what a lane gets is
+its operand of the tensor cores' instruction, so that nothing is rearranged between memory and product.
 """
 
 from __future__ import annotations
