@@ -67,6 +67,9 @@ class WorkerSettings:
     load_format: str = "safetensors"
     forward: str = "model"  # "null" replaces the forward pass, to measure all that is around it
     seed: int = 0
+    adapter_host_bytes: int | None = None
+    max_tpot_ms: float | None = None  # None: the most tokens a second
+    batch_invariant: bool = False
     starts_asleep: bool = True  # asleep until the dispatcher wakes it: the model is not loaded
 
 
@@ -176,6 +179,9 @@ def _worker(read: _Reader) -> WorkerSettings:
         load_format=read.choice("MEDLEY_LOAD_FORMAT", default.load_format, {"safetensors", "random"}),
         forward=read.choice("MEDLEY_FORWARD", default.forward, {"model", "null"}),
         seed=read.whole("MEDLEY_SEED", default.seed, low=0),
+        adapter_host_bytes=read.optional_whole("MEDLEY_ADAPTER_HOST_BYTES", low=0),
+        max_tpot_ms=read.optional_milliseconds("MEDLEY_MAX_TPOT_MS"),
+        batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
     )
 
@@ -217,12 +223,20 @@ class _Reader:
             raise ConfigError(key, self.text(key), bound)
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        return self.choice(key, str(default).lower(), {"true", "false"}) == "true"
+
     def seconds(self, key: str, default: float) -> float:
-        wanted = "seconds above 0 and at most 3600"
+        value = self._above_zero(key, "seconds", 3600)
+        return default if value is None else value
+
+    def optional_milliseconds(self, key: str) -> float | None:
+        return self._above_zero(key, "milliseconds", 3_600_000)
+
+    def _above_zero(self, key: str, unit: str, high: float) -> float | None:
+        wanted = f"{unit} above 0 and at most {high}"
         value = self._parsed(key, float, wanted)
-        if value is None:
-            return default
-        if not 0 < value <= 3600:
+        if value is not None and not 0 < value <= high:
             raise ConfigError(key, self.text(key), wanted)
         return value
 

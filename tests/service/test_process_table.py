@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from medley.cli import COMMANDS, main
 from medley.config import ConfigError, Settings
 from medley.local.processes import PROCESSES, SERVERS, Health
+from medley.spec.wire import EngineConfig
+from medley_worker.shell.main import engine_config
 
 _URLS = {
     "MEDLEY_DATABASE_URL": "postgresql+psycopg://medley_api:hush@db/medley",
@@ -77,6 +81,12 @@ def test_the_demo_without_its_extras_says_what_to_install(
         ("MEDLEY_PORT", "http", "a whole number"),
         ("MEDLEY_LEASE_S", "0", "seconds above 0"),
         ("MEDLEY_LEASE_S", "nan", "seconds above 0"),
+        ("MEDLEY_ADAPTER_HOST_BYTES", "-1", "a whole number of at least 0"),
+        ("MEDLEY_ADAPTER_HOST_BYTES", "16G", "a whole number"),
+        ("MEDLEY_MAX_TPOT_MS", "0", "milliseconds above 0"),
+        ("MEDLEY_MAX_TPOT_MS", "inf", "milliseconds above 0"),
+        ("MEDLEY_MAX_TPOT_MS", "fast", "milliseconds above 0"),
+        ("MEDLEY_BATCH_INVARIANT", "yes", "one of false, true"),
         ("MEDLEY_DTYPE", "int8", "one of bfloat16, float16, float32"),
         ("MEDLEY_MAX_BODY_BYTES", "-1", "at least 1"),
         ("MEDLEY_STORE_URL", "ftp://x", "file://"),
@@ -101,3 +111,34 @@ def test_a_missing_or_bad_secret_is_named_and_never_shown(key: str) -> None:
 def test_empty_values_count_as_not_set() -> None:
     settings = Settings.from_env({**_URLS, "MEDLEY_MAX_NUM_SEQS": "", "MEDLEY_PORT": "", "MEDLEY_START": "active"})
     assert (settings.worker.max_num_seqs, settings.port, settings.worker.starts_asleep) == (64, 8700, False)
+
+
+# A value for each key of a worker that is not its default, and what the engine is given for it.
+_ENGINE_KEYS = {
+    "MEDLEY_DEVICE": ("cuda", "cuda"),
+    "MEDLEY_DTYPE": ("bfloat16", "bfloat16"),
+    "MEDLEY_MAX_NUM_SEQS": ("7", 7),
+    "MEDLEY_MAX_MODEL_LEN": ("512", 512),
+    "MEDLEY_MAX_NUM_BATCHED_TOKENS": ("256", 256),
+    "MEDLEY_KV_CACHE_BYTES": ("1048576", 1048576),
+    "MEDLEY_ADAPTER_BYTES": ("2097152", 2097152),
+    "MEDLEY_ADAPTER_SLOTS": ("3", 3),
+    "MEDLEY_LOAD_FORMAT": ("random", "random"),
+    "MEDLEY_FORWARD": ("null", "null"),
+    "MEDLEY_SEED": ("11", 11),
+    "MEDLEY_ADAPTER_HOST_BYTES": ("0", 0),
+    "MEDLEY_MAX_TPOT_MS": ("12.5", 12.5),
+    "MEDLEY_BATCH_INVARIANT": ("true", True),
+}
+
+
+def test_every_field_of_the_engine_has_a_key() -> None:
+    settings = Settings.from_env({**_URLS, **{key: text for key, (text, _) in _ENGINE_KEYS.items()}})
+    given = msgspec.structs.asdict(engine_config(settings, Path("/model")))
+    wanted = {key.removeprefix("MEDLEY_").lower(): value for key, (_, value) in _ENGINE_KEYS.items()}
+    assert given == {"model_dir": "/model", **wanted}
+
+
+def test_a_key_that_is_not_set_leaves_the_engine_its_default() -> None:
+    for environ in (_URLS, {**_URLS, **dict.fromkeys(_ENGINE_KEYS, "")}):
+        assert engine_config(Settings.from_env(environ), Path("/model")) == EngineConfig(model_dir="/model")

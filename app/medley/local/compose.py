@@ -31,7 +31,8 @@ _PASSWORDS = {
     "medley_api": "MEDLEY_API_PASSWORD",
     "medley_work": "MEDLEY_WORK_PASSWORD",
 }
-_CUDA_BASE = "nvidia/cuda:12.8.1-devel-ubuntu24.04"
+# Of the CUDA version that torch's own wheels are built for: FlashInfer links what it builds to this one's runtime.
+_CUDA_BASE = "nvidia/cuda:13.0.2-devel-ubuntu24.04"
 _TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Engine knobs an operator may set; an empty value counts as not set.
 _WORKER_KNOBS = (
@@ -41,6 +42,9 @@ _WORKER_KNOBS = (
     "MEDLEY_KV_CACHE_BYTES",
     "MEDLEY_ADAPTER_BYTES",
     "MEDLEY_ADAPTER_SLOTS",
+    "MEDLEY_ADAPTER_HOST_BYTES",
+    "MEDLEY_MAX_TPOT_MS",
+    "MEDLEY_BATCH_INVARIANT",
 )
 
 Yaml = dict[str, Any]

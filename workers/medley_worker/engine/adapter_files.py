@@ -33,6 +33,12 @@ class Layout(Protocol):
     @property
     def tile_elements(self) -> int: ...
 
+    def group(self, name: str) -> GroupShape: ...
+
+    def group_elements(self, group: GroupShape) -> int:
+        """Numbers that a group's tile holds, from its start."""
+        ...
+
     def write_layers(
         self, tile: Tensor, group: GroupShape, in_group: int, layers: list[int], a: Tensor, b: Tensor
     ) -> None:

@@ -99,7 +99,7 @@ class AdapterCache:
         """max_tokens, max_adapters: of one step. copier: for tests; the device has its own."""
         device = torch.device(device)
         self._copier = new_copier(device) if copier is None else copier
-        layout = layout_for(model, device)
+        layout = self._layout = layout_for(model, device)
         self._loader = AdapterLoader(model, layout, dtype, self._copier, host_bytes)
         self._memory = self._copier.new_device(num_tiles + 1, layout.tile_elements, dtype)  # the last one stays zeros
         # An adapter's scales lie where its first tile says, so that they live and die with it.
@@ -201,7 +201,16 @@ class AdapterCache:
         tiles = self._tiles.acquire(key, source.tiles_needed)
         scales = self._scales[tiles[0]]
         is_read = max(self._read_in[tile] for tile in tiles) >= self._step > 0
-        pairs = [(self._memory[tile], host.memory) for tile, host in zip(tiles, packed, strict=True)]
+        # A tile's end past its group's numbers is read by nobody.
+        sizes = [
+            self._layout.group_elements(self._layout.group(group))
+            for group, count in source.num_tiles.items()
+            for _ in range(count)
+        ]
+        pairs = [
+            (self._memory[tile, :size], host.memory[:size])
+            for tile, host, size in zip(tiles, packed, sizes, strict=True)
+        ]
         fence = self._copier.copy([*pairs, (scales, packed[0].scales)], self._copier.mark() if is_read else None)
         for host in packed:
             host.read_by = fence

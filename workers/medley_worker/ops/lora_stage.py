@@ -51,12 +51,14 @@ class TileLayout:
     def a_elements(self, group: GroupShape) -> int:
         return self.num_layers * group.in_features * group.num_sites * TILE_RANKS
 
+    def group_elements(self, group: GroupShape) -> int:
+        """Numbers that a group's tile holds, from its start."""
+        return self.a_elements(group) + self.num_layers * TILE_RANKS * sum(group.out_features)
+
     @property
     def tile_elements(self) -> int:
         """Numbers in one tile."""
-        return max(
-            self.a_elements(group) + self.num_layers * TILE_RANKS * sum(group.out_features) for group in self.groups
-        )
+        return max(map(self.group_elements, self.groups))
 
     def a_view(self, tiles: Tensor, group: GroupShape) -> Tensor:
         """[n, L, in, sites, 8] of tiles [n, tile_elements]."""

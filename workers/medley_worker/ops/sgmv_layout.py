@@ -38,7 +38,11 @@ class FragmentLayout:
     @property
     def tile_elements(self) -> int:
         """Numbers in one tile."""
-        return self.num_layers * max(self.layer_elements(group) for group in self.groups)
+        return max(map(self.group_elements, self.groups))
+
+    def group_elements(self, group: GroupShape) -> int:
+        """Numbers that a group's tile holds, from its start."""
+        return self.num_layers * self.layer_elements(group)
 
     def layer_elements(self, group: GroupShape) -> int:
         """Numbers that one layer of a group's tile takes."""

@@ -164,6 +164,9 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         load_format=worker.load_format,
         forward=worker.forward,
         seed=worker.seed,
+        adapter_host_bytes=worker.adapter_host_bytes,
+        max_tpot_ms=worker.max_tpot_ms,
+        batch_invariant=worker.batch_invariant,
     )
 
 

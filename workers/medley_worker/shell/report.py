@@ -19,6 +19,7 @@ TOTALS = (
     "steps",
     "step_s",
     "forward_s",
+    "host_s",
     "rows",
     "adapters",
     "prompt_tokens",
