@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from api_server import ADAPTERS, MODEL, poll
+from api_server import ADAPTERS, MODEL
 from commands import Medley
+from waiting import wait_until
 
 import medley
 from medley.client import Client
@@ -39,8 +40,9 @@ def test_a_tenant_does_all_of_the_work_through_the_whole_service(stack: LocalSta
         _a_batch_is_followed(client, tmp_path)
         _a_sweep_is_scored_and_resumed(client)
         _what_runs_is_cancelled(client)
-        [stats] = poll(lambda: [w.stats for w in client.workers() if w.stats.get("steps")])
-        assert stats["generated_tokens"] > 0
+        wait_until(lambda: any(worker.stats.get("steps") for worker in client.workers()), "a worker's statistics")
+        [worker] = client.workers()
+        assert worker.stats["generated_tokens"] > 0
     prompt, answer = OURS[0].held_out(1)[0]
     run = Medley(stack.url, key)
     done = run.process("submit", prompt, "--adapter", f"acme/{OURS[0].name}", "--max-tokens", str(MAX_ANSWER_TOKENS))
