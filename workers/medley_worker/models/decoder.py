@@ -93,13 +93,20 @@ class Decoder:
     ) -> Tensor:
         """Attention of layer `index` with its projections. x: [T, H]. Returns [T, H]."""
         ops = self._ops
-        qkv = ops.project(x, layer.qkv, layer.qkv_bias, "qkv", index, batch.lora)
+        qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
+        ops.lora_apply(qkv, x, "qkv", index, batch.lora)
         cache, window = (kv.k[index], kv.v[index]), self.config.layer_windows[index]
         y = ops.attention(qkv, layer.qk_norm, rope, cache, batch.attention, window)
-        return ops.project(y, layer.o, None, "o", index, batch.lora)
+        out = ops.linear(y, layer.o)
+        ops.lora_apply(out, y, "o", index, batch.lora)
+        return out
 
     def _mlp(self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch) -> Tensor:
         """The gated MLP of layer `index`. x: [T, H]. Returns [T, H]."""
         ops = self._ops
-        inner = ops.silu_mul(ops.project(x, layer.gate_up, None, "gate_up", index, batch.lora))
-        return ops.project(inner, layer.down, None, "down", index, batch.lora)
+        gate_up = ops.linear(x, layer.gate_up)
+        ops.lora_apply(gate_up, x, "gate_up", index, batch.lora)
+        inner = ops.silu_mul(gate_up)
+        out = ops.linear(inner, layer.down)
+        ops.lora_apply(out, inner, "down", index, batch.lora)
+        return out

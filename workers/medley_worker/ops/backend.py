@@ -47,14 +47,8 @@ class Backend(Protocol):
         """Semantics: y = x @ weight + bias. x: [T, K], weight: [K, N]. Returns a new [T, N]."""
         ...
 
-    def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, layer: int, lora: object | None
-    ) -> Tensor:
-        """Semantics: y[t] = x[t] @ weight + bias + scale * (x[t] @ A) @ B with the adapter of row t.
-
-        x: [T, K], weight: [K, N], all sites of a projection group side by side. lora: the step's; None: no row has
-        an adapter. Returns a new [T, N].
-        """
+    def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
+        """Semantics: y[t] += scale * (x[t] @ A) @ B with the adapter of row t. y: [T, sum of out], mutated."""
         ...
 
     def attention(
@@ -100,14 +94,9 @@ class CpuBackend:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
-    def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, layer: int, lora: object | None
-    ) -> Tensor:
-        y = self.linear(x, weight, bias)
-        if lora is not None:
-            assert isinstance(lora, LoraBatch)
-            lora_apply(y, x, group, layer, lora)
-        return y
+    def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
+        assert lora is None or isinstance(lora, LoraBatch)
+        lora_apply(y, x, group, layer, lora)
 
     def attention(
         self,

@@ -45,14 +45,10 @@ class CudaBackend:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
-    def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, layer: int, lora: object | None
-    ) -> Tensor:
-        y = self.linear(x, weight, bias)
+    def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
         if lora is not None:
             assert isinstance(lora, SgmvBatch)
             sgmv_apply(y, x, group, layer, lora)
-        return y
 
     def attention(
         self,

@@ -112,7 +112,8 @@ def _built_ahead(source_key: str, architecture: str) -> Path | None:
     with suppress(FileNotFoundError):
         manifest = json.loads((_AHEAD / "manifest.json").read_text())
         is_fit = any(int(known) <= int(architecture) for known in manifest["architectures"])
-        if manifest["sources"] == source_key and is_fit and (_AHEAD / LIBRARY).is_file():
+        is_same = (manifest["sources"], manifest["flags"]) == (source_key, list(FLAGS))
+        if is_same and is_fit and (_AHEAD / LIBRARY).is_file():
             return _AHEAD / LIBRARY
     return None
 

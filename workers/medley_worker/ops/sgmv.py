@@ -254,8 +254,9 @@ def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, batch: SgmvBatch) -
     """y[t] += scale * (x[t] @ A) @ B with the adapter of row t, for all sites of a group at once.
 
     y: [T, sum of the group's out_features] (q, k, v side by side), mutated; x: [T, in]; both in the pool's dtype and
-    on its device, rows 16-byte aligned. fp32 between shrink and expand. Rows without an adapter are not touched. On
-    the current stream; may be captured. Raises ValueError or KernelError naming the argument that is wrong.
+    on its device, rows 16-byte aligned. Sums are fp32; csrc/README.md says how many bits go from shrink to expand. Rows
+    without an adapter are not touched. On the current stream; may be captured. Raises ValueError or KernelError naming
+    the argument that is wrong.
     """
     batch.lora.apply(y, x, group, layer, batch.block_rows)
 
