@@ -24,7 +24,7 @@ from medley.spec.jobs import FinishReason, JobState
 LOWEST_LOGPROB = -3.4028234663852886e38  # the lowest finite float32
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a worker has to say of one of its jobs."""
 
     job: UUID

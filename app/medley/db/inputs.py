@@ -12,7 +12,7 @@ from medley.spec.jobs import Checkpoint
 from medley.spec.sampling import SamplingParams
 
 
-class Assigned(msgspec.Struct, frozen=True):
+class Assigned(msgspec.Struct, frozen=True, gc=False):
     """One job as its worker needs it. `digest` addresses the adapter's files in the store (None: the base)."""
 
     job: UUID

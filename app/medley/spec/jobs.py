@@ -39,7 +39,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     custom_id: str | None = None
 
 
-class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a released job keeps: the tokens it has generated and their log-probabilities, in order.
 
     Noise depends on (seed, position, token id) alone, so tokens and seed are the whole sampling state.

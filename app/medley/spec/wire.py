@@ -23,12 +23,12 @@ MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
 
 
-class JobKey(msgspec.Struct, frozen=True, array_like=True):
+class JobKey(msgspec.Struct, frozen=True, array_like=True, gc=False):
     job: UUID
     attempt: int
 
 
-class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An adapter revision: whose it is, which, and the folder on this host that holds its two files."""
 
     tenant: UUID
@@ -65,7 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 # Shell to engine ---------------------------------------------------------------------------------------------
 
 
-class WorkItem(msgspec.Struct, frozen=True, array_like=True):
+class WorkItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One job for the engine. `want_progress`: send `Progress` each step (jobs with stop strings)."""
 
     key: JobKey
@@ -130,7 +130,7 @@ class Running(msgspec.Struct, frozen=True, tag=True):
     keys: tuple[JobKey, ...]
 
 
-class Progress(msgspec.Struct, frozen=True, tag=True):
+class Progress(msgspec.Struct, frozen=True, tag=True, gc=False):
     """New tokens of a job that asked for progress."""
 
     key: JobKey
@@ -138,7 +138,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     logprobs: tuple[float, ...]
 
 
-class Finished(msgspec.Struct, frozen=True, tag=True):
+class Finished(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A job's end: all its generated tokens with their log-probabilities, or an error."""
 
     key: JobKey

@@ -53,6 +53,7 @@ from medley_worker.engine.outbox import Outbox
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
+from medley_worker.garbage import collect_rarely
 
 STATS_INTERVAL_S = 1.0
 _RECEIVE_BYTES = 1 << 20
@@ -238,6 +239,7 @@ def main() -> int:
         log.error("engine.unbuildable", reason=str(error))
         return 2
     outbox = Outbox(connection)
+    collect_rarely()
     load_s = time.monotonic() - started
     outbox.put(encode_frame(_ready(engine, load_s)))
     log.info("engine.ready", load_s=round(load_s, 2), num_pages=engine.sizes.num_pages)

@@ -50,7 +50,7 @@ class EngineUseless(Exception):
 
 
 class Controller:
-    """on_state: called after each change of the worker's state."""
+    """on_state: called after each change of the worker's state. on_leave: called before the worker leaves."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class Controller:
         report: Report,
         outcomes: Outcomes,
         on_state: Callable[[], None],
+        on_leave: Callable[[], None],
     ) -> None:
         self._config = config
         self._worker = worker
@@ -74,6 +75,7 @@ class Controller:
         self._report = report
         self._outcomes = outcomes
         self._on_state = on_state
+        self._on_leave = on_leave
         self._wake = threading.Event()
         self._desired = WorkerState.ASLEEP
         self._is_stopping = False
@@ -259,6 +261,7 @@ class Controller:
     def _leave(self) -> None:
         self._is_stopping = True
         self._drain()
+        self._on_leave()
         self._transactions.insist("leaving", lambda conn: workers.leave(conn, self._worker))
         log.info("worker.left", worker=self._worker.hex)
 

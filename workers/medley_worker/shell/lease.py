@@ -43,15 +43,21 @@ class Lease:
         self._lease_s = lease_s
         self._health_file = health_file
         self._due = threading.Event()
+        self._is_given_up = False
+
+    def give_up(self) -> None:
+        """The worker is about to leave: a renewal that finds the lease gone from now on has lost nothing."""
+        self._is_given_up = True
 
     def renew_soon(self) -> None:
         """Renew now rather than at the next turn: there is something to say, or perhaps to hear."""
         self._due.set()
 
     def run(self, on_desire: Callable[[WorkerState], None], on_lost: Callable[[], None]) -> None:
-        """Renew until the lease is lost, on a thread of its own.
+        """Renew until the lease is gone, on a thread of its own.
 
-        on_desire: called with the desired state after each renewal. on_lost: called once, when the lease is lost.
+        on_desire: called with the desired state after each renewal. on_lost: called once, when the lease is lost
+        that was not given up.
         """
         outage = Outage("renewing the lease")
         while True:
@@ -63,6 +69,8 @@ class Lease:
                 outage.begin(error)
                 wait_s = min(wait_s, RETRY_S)
             except LeaseLost:
+                if self._is_given_up:
+                    return
                 log.error("lease.lost", worker=self._worker.hex)
                 on_lost()
                 return

@@ -27,6 +27,7 @@ from medley.rings import Ringer
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
 from medley.store import Store, StoreError
+from medley_worker.garbage import collect_rarely
 from medley_worker.shell.controller import Controller, EngineUseless
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
@@ -88,6 +89,7 @@ class Shell:
             report=report,
             outcomes=Outcomes(codec, held, feed, results, report),
             on_state=lease.renew_soon,
+            on_leave=lease.give_up,
         )
         preparation = Preparation(codec, Store.open(settings.store_url), controller.max_model_len)
         accepts = controller.accepts
@@ -188,6 +190,7 @@ def main() -> int:
         log.error("worker.unusable", reason=str(error))
         return EXIT_CONFIG
     _end_on_signals(ends)
+    collect_rarely()
     shell.start()
     status = ends.get()
     if status is None:  # a signal
