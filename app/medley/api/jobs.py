@@ -94,7 +94,7 @@ def _parse(job_id: str) -> UUID:
 
 
 async def _read(who: Caller, job: UUID, job_id: str) -> Row[Any]:
-    row = await who.services.sql.run(who.tenant.id, lambda conn: read_job(conn, job))
+    row = await who.services.job_reads.read(who.tenant.id, job)
     if row is None:
         raise NotFound("job", job_id)
     return row
