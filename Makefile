@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu demo bench bench-gpu bench-simulate compose clean
+.PHONY: help setup check test test-gpu demo bench bench-gpu compose clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,11 +18,11 @@ ARGS ?=
 PYTHON_IS_GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 GPU_SETUP := $(if $(PYTHON_IS_GIVEN),,$(STAMP))
 GPU_PYTHON := PYTHONPATH=app:workers:.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(PYTHON_IS_GIVEN),$(PYTHON),$(BIN)/python)
-# What bench-gpu measures: kernels, lora, step, kernel_times, chunks, workload or adapters.
+# What bench-gpu measures: kernels, lora, step, workload or adapters.
 PART ?= lora
 
 help: ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make the virtual environment from the lock: exact versions, once.
 
@@ -55,13 +55,10 @@ demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers incl
 	$(BIN)/medley demo
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
-	for figure in engine_cpu service api; do $(BIN)/python -m "benchmarks.$$figure"; done
+	for figure in engine_cpu service; do $(BIN)/python -m "benchmarks.$$figure"; done
 
-bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters ARGS=--again
+bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|workload|adapters ARGS=--again
 	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)
-
-bench-simulate: $(STAMP) ## Run the policy's traces; writes benchmarks/results/simulate-*.json and, with the extra plot, pictures
-	$(BIN)/python -m benchmarks.simulate
 
 compose: $(STAMP) ## Write compose.yaml anew from the table of processes.
 	$(BIN)/python -m medley.local.compose > compose.yaml

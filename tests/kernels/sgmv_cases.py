@@ -76,7 +76,6 @@ class Adapters:
         max_tokens: int = 512,
         max_adapters: int | None = None,
         seed: int = 0,
-        mode: str | None = None,
     ) -> None:
         self.layout = fragment_layout(model)
         self.dtype = dtype
@@ -95,10 +94,9 @@ class Adapters:
             for (layer, site), pair in pairs.items():
                 scales[layer, SITES.index(site)] = pair.scale
                 self._pack(host, dealt, layer, site, pair)
-            masks = {shape.name: self._site_mask(shape, self.ranks[load_id]) for shape in self.layout.groups}
-            self.tiles.append(AdapterTiles(load_id, dealt, scales.cuda(), masks))
+            self.tiles.append(AdapterTiles(load_id, dealt, scales.cuda()))
         self.pool = host.cuda()
-        self.lora = SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks), mode)
+        self.lora = SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks))
 
     def batch(self, spans: Sequence[Span]) -> SgmvBatch | None:
         """The SgmvBatch of a step of these sequences, in this order; None where none has an adapter."""
@@ -182,9 +180,6 @@ class Adapters:
                     scale = 0.5 + 1.5 * float(torch.rand((), generator=self._generator))
                     pairs[layer, site] = Pair(a.to(self.dtype).cuda(), b.to(self.dtype).cuda(), scale)
         return pairs
-
-    def _site_mask(self, shape: GroupShape, ranks: Mapping[str, int]) -> int:
-        return sum(1 << i for i, site in enumerate(_sites(shape)) if ranks.get(site, 0))
 
     def _num_tiles(self, ranks: Mapping[str, int]) -> dict[str, int]:
         highest = {shape.name: max(ranks.get(site, 0) for site in _sites(shape)) for shape in self.layout.groups}

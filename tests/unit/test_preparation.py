@@ -5,33 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from medley.db.inputs import Assigned
 from medley.spec.errors import ErrorCode
 from medley.spec.ids import uuid7
 from medley.spec.sampling import SamplingParams
 from medley.store import Store
-from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.held import Phase
 from medley_worker.shell.intake import Preparation
 from medley_worker.shell.text import TextCodec
 
 
-def folders_of(store: Path) -> AdapterFolders:
-    return AdapterFolders(Store.open(str(store)), None, lambda _: None)
-
-
-def make_job(prompt: str, *, is_quarantined: bool = False) -> Assigned:
+def make_job(prompt: str, *, is_quarantined: bool = False, is_templated: bool = False) -> Assigned:
     revision = uuid7() if is_quarantined else None
-    return Assigned(uuid7(), 1, uuid7(), revision, None, prompt, None, SamplingParams(), None, 1, None, is_quarantined)
+    sampling = SamplingParams()
+    return Assigned(
+        uuid7(), 1, uuid7(), revision, None, prompt, None, sampling, None, 1, None, is_quarantined, is_templated
+    )
 
 
 def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"known": 0}, unk_token="<unk>"))  # its unk is in no vocabulary
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     jobs = [make_job("known"), make_job("known strange"), make_job("known known")]
-    held, failures = Preparation(TextCodec(tokenizer), folders_of(tmp_path), lambda: None).prepare(jobs)
+    held, failures = Preparation(TextCodec(tokenizer), Store(tmp_path), lambda: None).prepare(jobs)
     assert [h.phase for h in held] == [Phase.WAITING, Phase.ENDING, Phase.WAITING]
     assert [h.item and h.item.prompt_token_ids for h in held] == [(0,), None, (0, 0)]
     (failure,) = failures
@@ -39,10 +37,18 @@ def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None
     assert "strange" not in msgspec.json.encode(failure).decode()
 
 
+def test_a_prompt_that_holds_its_special_tokens_gets_no_others(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"known": 0, "<s>": 1}, unk_token="known"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    jobs = [make_job("known"), make_job("<s>known", is_templated=True), make_job("known known")]
+    held, _ = Preparation(TextCodec(tokenizer), Store(tmp_path), lambda: None).prepare(jobs)
+    assert [h.item and h.item.prompt_token_ids for h in held] == [(1, 0), (1, 0), (1, 0, 0)]
+
+
 def test_a_job_of_a_quarantined_adapter_never_reaches_the_engine(tmp_path: Path) -> None:
     codec = TextCodec(Tokenizer(models.WordLevel({"known": 0}, unk_token="known")))
-    held, failures = Preparation(codec, folders_of(tmp_path), lambda: None).prepare(
-        [make_job("known", is_quarantined=True)]
-    )
+    held, failures = Preparation(codec, Store(tmp_path), lambda: None).prepare([make_job("known", is_quarantined=True)])
     assert [h.phase for h in held] == [Phase.ENDING]
     assert [f.error and f.error.code for f in failures] == [ErrorCode.ADAPTER_QUARANTINED]

@@ -7,44 +7,17 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from medley.api import (
-    adapters,
-    audit,
-    batches,
-    errors,
-    grants,
-    health,
-    jobs,
-    keys,
-    openapi,
-    quotas,
-    reports,
-    results,
-    sweeps,
-    tenants,
-    workers,
-)
+from medley.api import adapters, batches, errors, health, jobs, reports, results, sweeps, tenants, workers
 from medley.api.limits import BodyLimit
-from medley.api.request_ids import RequestIds
+from medley.api.openai import batches as openai_batches
+from medley.api.openai import completions as openai_completions
+from medley.api.openai import files as openai_files
+from medley.api.openai import models as openai_models
 from medley.api.services import Services
 from medley.config import Settings
 
-ROUTERS = (
-    health,
-    tenants,
-    jobs,
-    batches,
-    results,
-    adapters,
-    grants,
-    sweeps,
-    reports,
-    workers,
-    keys,
-    quotas,
-    audit,
-    openapi,
-)
+OPENAI_ROUTERS = (openai_files, openai_batches, openai_models, openai_completions)
+ROUTERS = (health, tenants, jobs, batches, results, adapters, sweeps, reports, workers, *OPENAI_ROUTERS)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -60,10 +33,9 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await services.close()
 
-    # Bodies are decoded by msgspec, so FastAPI has no schema of them to show; `openapi` has.
+    # Bodies are decoded by msgspec, so FastAPI has no schema of them to show.
     app = FastAPI(title="Medley", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit, limits=settings.limits)
-    app.add_middleware(RequestIds)
     errors.install(app)
     for module in ROUTERS:
         app.include_router(module.router)

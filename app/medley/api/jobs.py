@@ -6,22 +6,20 @@ from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
-from msgspec import UNSET
 from sqlalchemy import Connection, Row
 
 from medley.api.adapter_refs import resolve_refs
-from medley.api.auth import Caller, reads, submits
+from medley.api.auth import Caller, caller
 from medley.api.bodies import read_whole
 from medley.api.creating import BatchOptions, Created, create_jobs
 from medley.api.decoding import Query, decode_fields
 from medley.api.errors import InvalidRequest, NotFound
 from medley.api.idempotency import REPLAYED, read_create
-from medley.api.job_bodies import SAMPLES_ELSEWHERE, Defaults, SingleJob
+from medley.api.job_bodies import Defaults, SingleJob
 from medley.api.job_columns import JobReader, at_top
 from medley.api.shapes import answer, job_of
 from medley.db.batches import PRIORITIES, read_job
 from medley.db.flags import cancel_job
-from medley.spec.errors import Fault
 from medley.spec.ids import JOB, parse_id
 from medley.spec.jobs import JobState
 
@@ -31,16 +29,13 @@ router = APIRouter(prefix="/v1/jobs")
 
 
 @router.post("")
-async def create(request: Request, who: Caller = Depends(submits)) -> Response:
+async def create(request: Request, who: Caller = Depends(caller)) -> Response:
     Query(request).end()
     body, digest = await read_whole(request)
     wanted = read_create(request, digest)
     found = decode_fields(body, SingleJob)
     if found.value is None:
         raise InvalidRequest.of(found.faults)
-    if found.value.n is not UNSET and found.value.n > 1:
-        found.faults.append(Fault(field="n", got=str(found.value.n), wanted=SAMPLES_ELSEWHERE))
-        found.value.n = 1
     options = BatchOptions(name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at)
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
@@ -60,7 +55,7 @@ async def create(request: Request, who: Caller = Depends(submits)) -> Response:
 
 
 @router.get("/{job_id}")
-async def read(job_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
+async def read(job_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
     query = Query(request)
     wait_s = query.seconds("wait", high=MAX_WAIT_S)
     query.end()
@@ -74,15 +69,14 @@ async def read(job_id: str, request: Request, who: Caller = Depends(reads)) -> R
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(job_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
+async def cancel(job_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
     Query(request).end()
     job = _parse(job_id)
 
     def act(conn: Connection) -> Row[Any]:
         if read_job(conn, job) is None:
             raise NotFound("job", job_id)
-        if cancel_job(conn, job):
-            who.note(conn, "job.cancel", job_id)
+        cancel_job(conn, job)
         row = read_job(conn, job)
         assert row is not None
         return row
@@ -100,7 +94,7 @@ def _parse(job_id: str) -> UUID:
 
 
 async def _read(who: Caller, job: UUID, job_id: str) -> Row[Any]:
-    row = await who.services.job_reads.read(who.tenant.id, job)
+    row = await who.services.sql.run(who.tenant.id, lambda conn: read_job(conn, job))
     if row is None:
         raise NotFound("job", job_id)
     return row

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medley.api.errors import Encoded, TooLarge, error_response
+from medley.api.errors import TooLarge, error_response
 from medley.config import Limits
 
 ADAPTERS_PATH = "/v1/adapters/"
+FILES_PATH = "/openai/v1/files"
 # The configuration beside an adapter's weights, and the multipart headers.
 UPLOAD_OVERHEAD_BYTES = 1 << 20
 
 
 class BodyLimit:
-    """ASGI middleware: a body beyond the limit is answered 413, a declared one before it is read; a compressed one,
-    which is small until it is read, 415.
-    """
+    """ASGI middleware: a body beyond the limit is answered 413; a declared one before it is read."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -26,13 +25,9 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit = self._limit(scope)
-        headers = dict(scope["headers"])
-        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-            await error_response(Encoded())(scope, receive, send)
-            return
-        declared = headers.get(b"content-length", b"")
+        declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit), scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 
@@ -49,6 +44,8 @@ class BodyLimit:
     def _limit(self, scope: Scope) -> int:
         if scope["method"] == "PUT" and scope["path"].startswith(ADAPTERS_PATH):
             return self._limits.max_adapter_bytes + UPLOAD_OVERHEAD_BYTES
+        if scope["method"] == "POST" and scope["path"] == FILES_PATH:
+            return self._limits.max_file_bytes + UPLOAD_OVERHEAD_BYTES
         return self._limits.max_body_bytes
 
 

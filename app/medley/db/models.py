@@ -12,10 +12,8 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Computed,
-    Date,
     Double,
     ForeignKey,
-    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
@@ -65,10 +63,6 @@ tenants = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Double, nullable=False, server_default=text("1")),
     _created(),
-    Column("retention_days", Integer, nullable=False, server_default=text("30")),
-    Column("delete_requested_at", AT),
-    Column("delete_due_at", AT),
-    UniqueConstraint("id", "name"),
 )
 
 api_keys = Table(
@@ -80,51 +74,7 @@ api_keys = Table(
     _created(),
     Column("expires_at", AT),
     Column("revoked_at", AT),
-    Column("name", Text),
-    Column("scopes", ARRAY(Text), nullable=False),
-    Column("last_used_at", AT),
-    Column("replaces", Text, ForeignKey("api_keys.id")),
     Index("api_keys_tenant_id", "tenant_id"),
-    Index(
-        "api_keys_replaces",
-        "replaces",
-        unique=True,
-        postgresql_where=text("replaces IS NOT NULL AND revoked_at IS NULL"),
-    ),
-)
-
-tenant_limits = Table(
-    "tenant_limits",
-    metadata,
-    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
-    Column("queued_jobs", BigInteger),
-    Column("queued_bytes", BigInteger),
-    Column("adapters", BigInteger),
-    Column("storage_bytes", BigInteger),
-    Column("requests_per_s", Double),
-)
-
-tenant_usage = Table(
-    "tenant_usage",
-    metadata,
-    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
-    Column("queued_jobs", BigInteger, nullable=False),
-    Column("queued_bytes", BigInteger, nullable=False),
-)
-
-audit_log = Table(
-    "audit_log",
-    metadata,
-    Column("id", BigInteger, Identity(always=True), primary_key=True),
-    _tenant(references=False),
-    Column("key_id", Text),
-    Column("action", Text, nullable=False),
-    Column("object", Text, nullable=False),
-    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
-    Column("request_id", Text),
-    Column("client_address", Text),
-    Column("at", AT, nullable=False, server_default=NOW),
-    Index("audit_log_tenant_id_id", "tenant_id", "id"),
 )
 
 adapters = Table(
@@ -136,7 +86,6 @@ adapters = Table(
     _created(),
     Column("deleted_at", AT),
     UniqueConstraint("tenant_id", "name"),
-    UniqueConstraint("id", "tenant_id"),
 )
 
 adapter_revisions = Table(
@@ -152,43 +101,8 @@ adapter_revisions = Table(
     _created(),
     Column("uploaded_at", AT, nullable=False, server_default=NOW),
     Column("quarantined_at", AT),
-    Column("forgotten_at", AT),
     UniqueConstraint("adapter_id", "digest"),
-    UniqueConstraint("id", "adapter_id"),
     Index("adapter_revisions_tenant_id", "tenant_id"),
-    Index("adapter_revisions_digest", "digest"),
-)
-
-adapter_grants = Table(
-    "adapter_grants",
-    metadata,
-    _id(),
-    Column("tenant_id", UUID, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
-    Column("owner", Text, nullable=False),
-    Column("adapter_id", UUID, nullable=False),
-    Column("revision_id", UUID),
-    Column("grantee", Text, ForeignKey("tenants.name", onupdate="CASCADE", ondelete="CASCADE"), nullable=False),
-    _created(),
-    Column("revoked_at", AT),
-    CheckConstraint("grantee <> owner"),
-    ForeignKeyConstraint(
-        ["tenant_id", "owner"], ["tenants.id", "tenants.name"], onupdate="CASCADE", ondelete="CASCADE"
-    ),
-    ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"], ondelete="CASCADE"),
-    ForeignKeyConstraint(
-        ["revision_id", "adapter_id"], ["adapter_revisions.id", "adapter_revisions.adapter_id"], ondelete="CASCADE"
-    ),
-    Index(
-        "adapter_grants_live",
-        "adapter_id",
-        "grantee",
-        "revision_id",
-        unique=True,
-        postgresql_nulls_not_distinct=True,
-        postgresql_where=text("revoked_at IS NULL"),
-    ),
-    Index("adapter_grants_grantee", "grantee", postgresql_where=text("revoked_at IS NULL")),
-    Index("adapter_grants_tenant_id", "tenant_id"),
 )
 
 batches = Table(
@@ -212,29 +126,8 @@ batches = Table(
     _count("prompt_tokens", BigInteger),
     _count("completion_tokens", BigInteger),
     _count("last_seq", BigInteger),
-    _count("queued_bytes", BigInteger),
     CheckConstraint("succeeded + failed + cancelled + expired <= total"),
     Index("batches_tenant_id_id", "tenant_id", "id"),
-    Index(
-        "batches_tenant_id_finished_at", "tenant_id", "finished_at", postgresql_where=text("finished_at IS NOT NULL")
-    ),
-    Index("batches_open", "pool", "id", postgresql_where=text("finished_at IS NULL")),
-    Index(
-        "batches_due",
-        "pool",
-        "deadline_at",
-        postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
-    ),
-)
-
-batch_forecasts = Table(
-    "batch_forecasts",
-    metadata,
-    _id("batch_id"),
-    _tenant(references=False),
-    Column("ends_at", AT, nullable=False),
-    Column("is_late", Boolean, nullable=False),
-    Column("made_at", AT, nullable=False, server_default=NOW),
 )
 
 sweeps = Table(
@@ -268,8 +161,6 @@ sweep_prompts = Table(
     Column("prompt_token_ids", ARRAY(Integer)),
     Column("expected", Text),
     Column("only_adapter", Text),
-    Column("continuation", Text),
-    Column("continuation_token_ids", ARRAY(Integer)),
 )
 
 sweep_columns = Table(
@@ -279,15 +170,67 @@ sweep_columns = Table(
     Column("column_idx", Integer, primary_key=True),
     _tenant(references=False),
     Column("adapter", Text),
-    Column("revision_id", UUID),
+    Column("revision_id", UUID, ForeignKey("adapter_revisions.id")),
 )
 
-# As PostgreSQL writes it; `demand.lane_of` is the same in Python.
-_LANE = (
-    "CASE WHEN is_shared"
-    " THEN (encode(SUBSTRING(sha256((uuid_send(tenant_id) || uuid_send(revision_id))) FROM 1 FOR 16),"
-    " 'hex'::text))::uuid"
-    " ELSE COALESCE(revision_id, tenant_id) END"
+files = Table(
+    "files",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("object_key", Text, nullable=False, unique=True),
+    Column("size_bytes", BigInteger),
+    Column("sha256", LargeBinary),
+    _created(),
+    Column("stored_at", AT),
+    Column("expires_at", AT),
+    Column("deleted_at", AT),
+    Index("files_tenant_id_id", "tenant_id", "id"),
+    Index("files_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
+    Index("files_unstored", "created_at", postgresql_where=text("stored_at IS NULL")),
+    Index("files_deleted_at", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
+)
+
+openai_batches = Table(
+    "openai_batches",
+    metadata,
+    Column("id", UUID, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    _tenant(),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", UUID, nullable=False),
+    Column("completion_window", Text, nullable=False),
+    Column("metadata", JSONB),
+    Column("output_expires_after_s", Integer),
+    Column("state", Text, nullable=False, server_default=text("'validating'")),
+    Column("due_at", AT, server_default=NOW),
+    Column("model", Text),
+    _count("num_requests"),
+    _count("num_jobs"),
+    Column("next_offset", BigInteger),
+    Column("errors", JSONB),
+    Column("in_progress_at", AT),
+    Column("finalizing_at", AT),
+    Column("ended_at", AT),
+    Column("num_completed", Integer),
+    Column("num_failed", Integer),
+    Column("input_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
+    Column("output_file_id", UUID),
+    Column("error_file_id", UUID),
+    Index("openai_batches_tenant_id_id", "tenant_id", "id"),
+    Index("openai_batches_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("openai_batches_running", "id", postgresql_where=text("state = 'in_progress' AND due_at IS NULL")),
+)
+
+openai_batch_models = Table(
+    "openai_batch_models",
+    metadata,
+    Column("batch_id", UUID, ForeignKey("openai_batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("model", Text, primary_key=True),
+    _tenant(references=False),
+    Column("revision_id", UUID, ForeignKey("adapter_revisions.id")),
 )
 
 jobs = Table(
@@ -298,8 +241,7 @@ jobs = Table(
     Column("batch_id", UUID, nullable=False),
     Column("pool", Text, nullable=False),
     Column("revision_id", UUID),
-    Column("is_shared", Boolean, nullable=False, server_default=text("false")),
-    Column("lane", UUID, Computed(_LANE, persisted=True)),
+    Column("lane", UUID, Computed("COALESCE(revision_id, tenant_id)", persisted=True)),
     Column("state", Text, nullable=False, server_default=text("'queued'")),
     Column("is_held", Boolean, nullable=False, server_default=text("false")),
     Column("is_cancel_requested", Boolean, nullable=False, server_default=text("false")),
@@ -340,11 +282,9 @@ job_inputs = Table(
     Column("seed", BigInteger, nullable=False),
     Column("sampling", JSONB),
     Column("retry_of", UUID),
-    Column("continuation", Text),
-    Column("continuation_token_ids", ARRAY(Integer)),
-    Column("sample_idx", Integer),
+    Column("is_templated", Boolean, nullable=False, server_default=text("false")),
+    Column("answer", JSONB),
     Index("job_inputs_batch_id", "batch_id", "job_id"),
-    postgresql_partition_by="RANGE (job_id)",
 )
 
 job_results = Table(
@@ -365,15 +305,7 @@ job_results = Table(
     _count("completion_tokens"),
     _count("attempt"),
     Column("worker_id", UUID),
-    Column("top_token_ids", ARRAY(Integer)),
-    Column("top_logprobs", ARRAY(REAL)),
-    Column("prompt_token_ids", ARRAY(Integer)),
-    Column("prompt_logprobs", ARRAY(REAL)),
-    Column("prompt_top_token_ids", ARRAY(Integer)),
-    Column("prompt_top_logprobs", ARRAY(REAL)),
-    Column("is_greedy", Boolean),
-    Index("job_results_batch_id_seq", "batch_id", "seq"),
-    postgresql_partition_by="RANGE (job_id)",
+    Index("job_results_batch_id_seq", "batch_id", "seq", unique=True),
 )
 
 checkpoints = Table(
@@ -383,7 +315,6 @@ checkpoints = Table(
     _tenant(references=False),
     Column("token_ids", ARRAY(Integer), nullable=False),
     Column("logprobs", ARRAY(REAL), nullable=False),
-    Column("details", JSONB),
 )
 
 idempotency_keys = Table(
@@ -460,26 +391,4 @@ leaders = Table(
     Column("holder", UUID, nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("until", AT, nullable=False),
-)
-
-expired_jobs = Table(
-    "expired_jobs",
-    metadata,
-    Column("day", Date, primary_key=True),
-    Column("num_jobs", BigInteger, nullable=False),
-    Column("since", AT, nullable=False, server_default=NOW),
-)
-
-erasures = Table(
-    "erasures",
-    metadata,
-    _id(),
-    Column("name", Text, nullable=False),
-    Column("requested_at", AT, nullable=False),
-    Column("started_at", AT, nullable=False, server_default=NOW),
-    Column("finished_at", AT),
-    Column("num_rows", JSONB, nullable=False, server_default=text("'{}'")),
-    Column("digests", ARRAY(Text), nullable=False, server_default=text("'{}'")),
-    _count("num_revisions"),
-    _count("num_shared"),
 )

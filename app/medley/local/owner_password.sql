@@ -1,2 +1,2 @@
-\set password `cat /run/secrets/owner_password`
+\getenv password MEDLEY_OWNER_PASSWORD
 ALTER ROLE medley_owner PASSWORD :'password';

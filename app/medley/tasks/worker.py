@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID
 
 import celery.worker.state
@@ -16,28 +18,32 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import InternalError, OperationalError
 
+from medley.api.openai.requests import RequestReader
+from medley.api.openai.tokens import TokenTexts
 from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
-from medley.db.erasure import NotErasable
 from medley.health import beat
-from medley.objects import StoreError
-from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.objects import Objects
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
 from medley.store import Store
 from medley.tasks.expand import Expander
+from medley.tasks.finalize import Finalizer
 from medley.tasks.maintain import maintain
-from medley.tasks.orphans import Orphans
+from medley.tasks.openai_batches import OpenAIBatches
+from medley.tasks.validate import Validator
 
 NUM_THREADS = 2  # a long expansion beside short ones
+NUM_LOOKS = 2
 LOOK_S = 1.0
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
-    store = Store.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
+    """Runs tasks until SIGTERM or SIGINT; each stops after its present chunk. Exits with status 1 on a crash."""
+    store, objects = Store.open(settings.store_url), Objects.open(settings.store_url)
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + NUM_LOOKS)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -46,10 +52,13 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
+    openai_batches = _openai_batches(settings, engine, objects, ringer)
     threading.excepthook = _end_on_crash
-    threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
+    # Each looks on a thread of its own: the look runs what it finds, and a long one keeps no other waiting.
+    for name, look in (("look", expander.look), ("look-openai", openai_batches.look)):
+        threading.Thread(target=_look, args=(look, settings), name=name, daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, engine, store)
+    _add_tasks(app, expander, openai_batches, lambda: maintain(engine, store, objects))
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
     ringer.close()
@@ -58,34 +67,51 @@ def run(settings: Settings) -> None:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) -> None:
+def _openai_batches(settings: Settings, engine: Engine, objects: Objects, ringer: Ringer) -> OpenAIBatches:
+    def on_chunk() -> None:
+        beat(settings.health_file)
+
+    requests = RequestReader.open(settings)
+    texts = TokenTexts(Path(settings.model or "."))
+    base_name = settings.base_name
+    validator = Validator(
+        engine,
+        objects,
+        ringer,
+        requests,
+        settings.limits,
+        base_name,
+        on_chunk=on_chunk,
+        should_stop=_is_stopping,
+    )
+    finalizer = Finalizer(engine, objects, ringer, texts, base_name, on_chunk=on_chunk, should_stop=_is_stopping)
+    return OpenAIBatches(engine, validator, finalizer, should_stop=_is_stopping)
+
+
+def _add_tasks(app: Celery, expander: Expander, openai_batches: OpenAIBatches, do_maintain: Callable[[], None]) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
 
-    orphans = Orphans(engine, store)
-    is_maintaining = threading.Lock()
+    @app.task(name=OPENAI_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def run_openai_batch(batch: str) -> None:
+        openai_batches.run(UUID(hex=batch))
 
     @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
     def forget_the_old() -> None:
-        if not is_maintaining.acquire(blocking=False):
-            return  # a long one is not to take the threads of expansions too
         try:
-            maintain(engine, store)
-            orphans.look_if_due()
+            do_maintain()
         except (OperationalError, InternalError) as error:  # the next message comes within a minute
             log.warning("maintain.failed", error=type(error.orig).__name__)
-        except (OSError, StoreError, NotErasable) as error:
+        except OSError as error:
             log.warning("maintain.failed", error=str(error))
-        finally:
-            is_maintaining.release()
 
 
-def _look(expander: Expander, settings: Settings) -> None:
+def _look(look: Callable[[], None], settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
-            expander.look()
+            look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)
         time.sleep(LOOK_S)
