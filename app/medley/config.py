@@ -50,7 +50,6 @@ class Limits:
     max_prompt_bytes: int = 256 << 10
     max_jobs_per_request: int = 1_000_000
     max_adapter_bytes: int = 1024 * MIB
-    max_file_bytes: int = 512 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,6 @@ class Settings:
     redis_url: str
     store_url: str
     model: str | None
-    model_name: str | None = None  # by which OpenAI's clients name the base; None: its folder's name
-    completion_wait_s: float = 300.0  # how long a completion over HTTP may wait for its jobs
     pool: str = "default"
     host: str = "127.0.0.1"
     port: int = 8700
@@ -92,14 +89,10 @@ class Settings:
     tick_s: float = 1.0
     limits: Limits = Limits()
     worker: WorkerSettings = WorkerSettings()
+    webhook_loopback: bool = False  # webhooks may lead to this machine, and be plain HTTP: `medley up` and tests
     health_file: Path | None = None  # touched on each turn of the process's loop
     log_format: str = "line"
     log_level: str = "info"
-
-    @property
-    def base_name(self) -> str:
-        """The base model's name among OpenAI's models."""
-        return self.model_name or (Path(self.model).resolve().name if self.model else "base")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -111,8 +104,6 @@ class Settings:
             redis_url=read.url("MEDLEY_REDIS_URL", {"redis", "rediss", "unix"}),
             store_url=read.url("MEDLEY_STORE_URL", {"file"}),
             model=read.text("MEDLEY_MODEL"),
-            model_name=read.text("MEDLEY_MODEL_NAME"),
-            completion_wait_s=read.seconds("MEDLEY_COMPLETION_WAIT_S", defaults.completion_wait_s),
             pool=read.text("MEDLEY_POOL") or defaults.pool,
             host=read.text("MEDLEY_HOST") or defaults.host,
             port=read.whole("MEDLEY_PORT", defaults.port, low=0, high=65535),
@@ -121,6 +112,7 @@ class Settings:
             tick_s=read.seconds("MEDLEY_TICK_S", defaults.tick_s),
             limits=_limits(read),
             worker=_worker(read),
+            webhook_loopback=read.flag("MEDLEY_WEBHOOK_LOOPBACK", defaults.webhook_loopback),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
             log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
             log_level=read.choice("MEDLEY_LOG_LEVEL", defaults.log_level, {"debug", "info", "warning", "error"}),
@@ -171,7 +163,6 @@ def _limits(read: _Reader) -> Limits:
         max_prompt_bytes=read.whole("MEDLEY_MAX_PROMPT_BYTES", default.max_prompt_bytes, low=1),
         max_jobs_per_request=read.whole("MEDLEY_MAX_JOBS_PER_REQUEST", default.max_jobs_per_request, low=1),
         max_adapter_bytes=read.whole("MEDLEY_MAX_ADAPTER_BYTES", default.max_adapter_bytes, low=1),
-        max_file_bytes=read.whole("MEDLEY_MAX_FILE_BYTES", default.max_file_bytes, low=1),
     )
 
 

@@ -120,7 +120,13 @@ class Api:
 
 @contextmanager
 def running_api(
-    database: Any, redis_url: str, store_url: str, *, limits: Limits | None = None, model: str | None = str(MODEL)
+    database: Any,
+    redis_url: str,
+    store_url: str,
+    *,
+    limits: Limits | None = None,
+    model: str | None = str(MODEL),
+    webhook_loopback: bool = False,
 ) -> Iterator[Api]:
     """Serves until the block ends."""
     ledger = Ledger(database)
@@ -131,6 +137,7 @@ def running_api(
         model=model,
         pool=ledger.pool,
         limits=limits or Limits(),
+        webhook_loopback=webhook_loopback,
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -10,11 +10,8 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-import openai
 import pytest
 from api_server import Api, running_api
-from openai_service import client_of, close_clients, completion_line, make_tasks
-from openai_service import create as make_openai_batch
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 from waiting import wait_until
@@ -122,9 +119,6 @@ TENANT_TABLES = [
     "demand",
     "tenant_counters",
     "crashes",
-    "files",
-    "openai_batches",
-    "openai_batch_models",
 ]
 
 
@@ -133,10 +127,6 @@ def test_the_database_shows_the_apis_role_nothing_without_a_tenant_and_only_its_
     api.finish(batch["id"])
     api.upload("a")
     api.as_tenant().post("/v1/sweeps", json={"name": "s", "prompts": ["a"], "adapters": ["*"]})
-    client = client_of(api)
-    make_openai_batch(client, [completion_line("1")])
-    make_tasks(api).look()
-    close_clients()
     api.as_tenant("globex")
     for table in TENANT_TABLES:
         count = text(f"SELECT count(*) FROM {table}")
@@ -160,7 +150,6 @@ def test_the_database_refuses_the_apis_role_rows_of_another_tenant(api: Api) -> 
         "INSERT INTO batches (id, tenant_id, pool, total) VALUES (:id, :tenant, 'p', 1)",
         "INSERT INTO jobs (id, tenant_id, batch_id, pool, priority, est_tokens) VALUES (:id, :tenant, :id, 'p', 1, 1)",
         "INSERT INTO adapters (id, tenant_id, name) VALUES (:id, :tenant, 'x')",
-        "INSERT INTO files (id, tenant_id, purpose, filename, object_key) VALUES (:id, :tenant, 'batch', 'x', 'x')",
         "INSERT INTO demand (pool, lane, priority, tenant_id, num_queued) VALUES ('p', :id, 1, :tenant, 1)",
     ]
     for statement in inserts:
@@ -182,9 +171,6 @@ def test_the_database_refuses_the_apis_role_rows_of_another_tenant(api: Api) -> 
         "DELETE FROM jobs",
         "UPDATE job_results SET text = ''",
         "UPDATE tenant_counters SET service = 0",
-        "UPDATE openai_batches SET state = 'completed'",
-        "UPDATE files SET object_key = 'x'",
-        "DELETE FROM files",
         "SET ROLE medley_work",
         "ALTER TABLE jobs DISABLE ROW LEVEL SECURITY",
     ],
@@ -196,18 +182,6 @@ def test_the_apis_role_cannot_do_what_is_not_the_apis(api: Api, statement: str) 
         tenant_transaction(api.ledger.api, api.tenant_id("acme")) as conn,
     ):
         conn.execute(text(statement))
-
-
-def test_a_stop_lets_completions_go_to_be_sent_again(database: Any, redis_url: str, store_url: str) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        with running_api(database, redis_url, store_url) as api:
-            client = client_of(api)
-            waiting = pool.submit(client.completions.create, model="model", prompt="a")
-            wait_until(lambda: api.num_waiting() == 1)
-        with pytest.raises(openai.InternalServerError) as caught:
-            waiting.result(timeout=10)
-        close_clients()
-    assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
 
 
 def test_a_stop_lets_waiters_answer_at_once(database: Any, redis_url: str, store_url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from medley.db.inputs import Assigned
 from medley.spec.errors import ErrorCode
@@ -17,12 +17,9 @@ from medley_worker.shell.intake import Preparation
 from medley_worker.shell.text import TextCodec
 
 
-def make_job(prompt: str, *, is_quarantined: bool = False, is_templated: bool = False) -> Assigned:
+def make_job(prompt: str, *, is_quarantined: bool = False) -> Assigned:
     revision = uuid7() if is_quarantined else None
-    sampling = SamplingParams()
-    return Assigned(
-        uuid7(), 1, uuid7(), revision, None, prompt, None, sampling, None, 1, None, is_quarantined, is_templated
-    )
+    return Assigned(uuid7(), 1, uuid7(), revision, None, prompt, None, SamplingParams(), None, 1, None, is_quarantined)
 
 
 def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None:
@@ -35,16 +32,6 @@ def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None
     (failure,) = failures
     assert failure.job == jobs[1].job
     assert "strange" not in msgspec.json.encode(failure).decode()
-
-
-def test_a_prompt_that_holds_its_special_tokens_gets_no_others(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"known": 0, "<s>": 1}, unk_token="known"))
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    jobs = [make_job("known"), make_job("<s>known", is_templated=True), make_job("known known")]
-    held, _ = Preparation(TextCodec(tokenizer), Store(tmp_path), lambda: None).prepare(jobs)
-    assert [h.item and h.item.prompt_token_ids for h in held] == [(1, 0), (1, 0), (1, 0, 0)]
 
 
 def test_a_job_of_a_quarantined_adapter_never_reaches_the_engine(tmp_path: Path) -> None:

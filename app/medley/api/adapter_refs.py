@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row
 
 from medley.db.adapters import NAME, read_revisions, resolve
-from medley.db.tenants import Owner
+from medley.db.tenants import Tenant
 from medley.spec.ids import REVISION, parse_id
 
 MAX_REF_CHARS = 400
@@ -40,7 +40,7 @@ class _Ref:
     pin: str | None
 
 
-def resolve_refs(conn: Connection, tenant: Owner, refs: Iterable[str]) -> dict[str, Resolved]:
+def resolve_refs(conn: Connection, tenant: Tenant, refs: Iterable[str]) -> dict[str, Resolved]:
     """Each of `refs` resolved, in two queries and one more an adapter that is pinned to a revision."""
     found: dict[str, Resolved] = {}
     parsed: list[_Ref] = []
@@ -51,13 +51,13 @@ def resolve_refs(conn: Connection, tenant: Owner, refs: Iterable[str]) -> dict[s
         else:
             parsed.append(ref)
     if parsed:
-        newest = resolve(conn, tenant.id, sorted({ref.name for ref in parsed}))
+        newest = resolve(conn, sorted({ref.name for ref in parsed}))
         for ref in parsed:
             found[ref.text] = _resolve_one(conn, ref, newest.get(ref.name))
     return found
 
 
-def _parse(text: str, tenant: Owner) -> _Ref | None:
+def _parse(text: str, tenant: Tenant) -> _Ref | None:
     if len(text) > MAX_REF_CHARS:
         return None
     path, at, pin = text.partition("@")

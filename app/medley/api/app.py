@@ -7,17 +7,43 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from medley.api import adapters, batches, errors, health, jobs, reports, results, sweeps, tenants, workers
+from medley.api import (
+    adapters,
+    batch_adapters,
+    batch_changes,
+    batches,
+    diffs,
+    errors,
+    health,
+    jobs,
+    reports,
+    results,
+    sweeps,
+    tenants,
+    usage,
+    webhooks,
+    workers,
+)
 from medley.api.limits import BodyLimit
-from medley.api.openai import batches as openai_batches
-from medley.api.openai import completions as openai_completions
-from medley.api.openai import files as openai_files
-from medley.api.openai import models as openai_models
 from medley.api.services import Services
 from medley.config import Settings
 
-OPENAI_ROUTERS = (openai_files, openai_batches, openai_models, openai_completions)
-ROUTERS = (health, tenants, jobs, batches, results, adapters, sweeps, reports, workers, *OPENAI_ROUTERS)
+ROUTERS = (
+    health,
+    tenants,
+    jobs,
+    batches,
+    batch_changes,
+    batch_adapters,
+    results,
+    adapters,
+    sweeps,
+    reports,
+    diffs,
+    usage,
+    webhooks,
+    workers,
+)
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -1,4 +1,4 @@
-"""Answers other than 2xx: the tree of refusals, and the JSON shape they have; under /openai/ it is OpenAI's.
+"""Answers other than 2xx: the tree of refusals, and the one JSON shape they all have.
 
     ApiError
       InvalidRequest  400  all faults of the request at once
@@ -23,7 +23,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from medley.api.openai import errors as openai
 from medley.db.idempotency import KeyConflict
 from medley.spec.errors import Fault
 
@@ -127,18 +126,14 @@ class _Body(msgspec.Struct):
     error: _Error
 
 
-def error_response(error: ApiError, path: str) -> Response:
-    """The answer for a refusal, in the shape that callers of `path` read."""
-    if path.startswith(openai.PREFIX):
-        content = openai.error_body(error.status, error.code, error.message, error.faults)
-        headers = openai.error_headers(error.status, error.headers)
-        return Response(content, error.status, headers, media_type="application/json")
+def error_response(error: ApiError) -> Response:
+    """The answer for a refusal."""
     body = _Body(_Error(error.code, error.message, error.faults))
     return Response(msgspec.json.encode(body), error.status, error.headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Gives every failure of `app` its shape."""
+    """Gives every failure of `app` the one shape."""
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(KeyConflict, _key_conflict)
@@ -148,9 +143,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _bug)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error, request.url.path)
+    return error_response(error)
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -158,18 +153,18 @@ async def _http(request: Request, error: Exception) -> Response:
     refused = ApiError(f"{request.method} {request.url.path[:200]}: {error.detail}", headers=dict(error.headers or {}))
     refused.status = error.status_code
     refused.code = "not_found" if error.status_code in (404, 405) else "invalid_request"
-    return error_response(refused, request.url.path)
+    return error_response(refused)
 
 
-async def _gone(request: Request, _error: Exception) -> Response:
+async def _gone(_: Request, _error: Exception) -> Response:
     # The body was cut, so nobody reads this; without it a log would speak of a bug.
-    return error_response(InvalidRequest("the request was cut"), request.url.path)
+    return error_response(InvalidRequest("the request was cut"))
 
 
-async def _key_conflict(request: Request, error: Exception) -> Response:
+async def _key_conflict(_: Request, error: Exception) -> Response:
     refused = Conflict(f"the idempotency key {str(error)[:200]!r} was used with another request")
     refused.code = "idempotency_conflict"
-    return error_response(refused, request.url.path)
+    return error_response(refused)
 
 
 async def _database(request: Request, error: Exception) -> Response:
@@ -177,7 +172,7 @@ async def _database(request: Request, error: Exception) -> Response:
     if not isinstance(error, OperationalError | PoolTimeout):
         return await _bug(request, error)
     log.warning("database.unavailable", path=request.url.path, error=type(error).__name__)
-    return error_response(NotReady("the database does not answer in time; try again"), request.url.path)
+    return error_response(NotReady("the database does not answer in time; try again"))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
@@ -185,4 +180,4 @@ async def _bug(request: Request, error: Exception) -> Response:
     detail = {} if isinstance(error, DBAPIError) else {"exc_info": error}
     origin = type(getattr(error, "orig", error)).__name__
     log.error("request.failed", method=request.method, path=request.url.path, error=origin, **detail)
-    return error_response(ApiError("an internal error; it was logged"), request.url.path)
+    return error_response(ApiError("an internal error; it was logged"))

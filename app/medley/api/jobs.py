@@ -36,7 +36,9 @@ async def create(request: Request, who: Caller = Depends(caller)) -> Response:
     found = decode_fields(body, SingleJob)
     if found.value is None:
         raise InvalidRequest.of(found.faults)
-    options = BatchOptions(name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at)
+    options = BatchOptions(
+        name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at, is_single=True
+    )
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
     def act(conn: Connection) -> tuple[Created, Row[Any] | None]:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from medley.api.auth import Authenticator
-from medley.api.openai.requests import RequestReader
-from medley.api.openai.tokens import TokenTexts
 from medley.api.sql import Sql
 from medley.api.waiters import WaiterHub
 from medley.config import Settings
-from medley.objects import Objects
 from medley.rings import Ringer, pool_channel
 from medley.spec.base_models import BaseModel, read_base_model
 from medley.store import Store
 
 
 class Services:
-    """Connections, the waiter hub, the ringer, the stores, and what is known of the base model."""
+    """Connections, the waiter hub, the ringer, the adapter store."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -26,14 +23,10 @@ class Services:
         self.hub = WaiterHub(self.sql, settings.redis_url)
         self.ringer = Ringer(settings.redis_url)
         self.store = Store.open(settings.store_url)
-        self.objects = Objects.open(settings.store_url)
-        self.base_name = settings.base_name
         # Uploads are judged against it. Its weights are the workers' alone.
         self.base: BaseModel | None = None
         if settings.model is not None:
             self.base = read_base_model(Path(settings.model), need_weights=False)
-        self.requests = RequestReader.open(settings)
-        self.token_texts = TokenTexts(Path(settings.model or "."))
 
     def ring_pool(self) -> None:
         """Wakes the dispatcher: there is work."""

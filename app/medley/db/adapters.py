@@ -90,23 +90,10 @@ def read_revisions(conn: Connection, adapter: UUID) -> Sequence[Row[Any]]:
     return conn.execute(text(statement), {"adapter": adapter}).all()
 
 
-def resolve(conn: Connection, tenant: UUID, names: Sequence[str]) -> dict[str, Row[Any]]:
-    """The newest revision of each adapter in `names` that `tenant` has; unknown names are left out.
-
-    The tenant is said, since a task resolves for tenants too, and its role sees the rows of all.
-    """
-    statement = _LIST + " AND a.tenant_id = :tenant AND a.name = ANY(:names)"
-    return {row.name: row for row in conn.execute(text(statement), {"tenant": tenant, "names": list(names)})}
-
-
-def list_revisions(conn: Connection) -> Sequence[Row[Any]]:
-    """(name, revision_id, created_at) of every revision that the caller's jobs may run, newest first an adapter."""
-    statement = (
-        "SELECT a.name, r.id AS revision_id, r.created_at FROM adapters a JOIN adapter_revisions r"
-        " ON r.adapter_id = a.id WHERE a.deleted_at IS NULL AND r.quarantined_at IS NULL"
-        " ORDER BY a.name, r.uploaded_at DESC, r.id DESC"
-    )
-    return conn.execute(text(statement)).all()
+def resolve(conn: Connection, names: Sequence[str]) -> dict[str, Row[Any]]:
+    """The newest revision of each adapter in `names` that the caller has; unknown names are left out."""
+    statement = _LIST + " AND a.name = ANY(:names)"
+    return {row.name: row for row in conn.execute(text(statement), {"names": list(names)})}
 
 
 def delete_adapter(conn: Connection, name: str) -> bool:

@@ -14,6 +14,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.demand import add_demand, array_literal
+from medley.db.lanes import Lane, add_lanes
 from medley.spec.ids import uuid7s
 from medley.spec.sampling import SEED_LIMIT
 
@@ -47,14 +48,15 @@ class NewBatch:
     name: str | None = None
     priority: int = NORMAL
     deadline_at: datetime | None = None
+    is_single: bool = False  # a job by itself
 
 
 def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
     """Writes the batch row. `append_jobs` adds jobs, `close_batch` fixes the total; all in one transaction."""
     conn.execute(
         text(
-            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total)"
-            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total)"
+            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total, is_single)"
+            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total, :is_single)"
         ),
         {
             "id": batch.id,
@@ -64,6 +66,7 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
             "total": total,
+            "is_single": batch.is_single,
         },
     )
 
@@ -76,14 +79,12 @@ WITH made AS (
     FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
 )
 INSERT INTO job_inputs (job_id, tenant_id, batch_id, custom_id, adapter, prompt, prompt_token_ids, prompt_idx,
-    column_idx, seed, sampling, retry_of, is_templated, answer)
+    column_idx, seed, sampling, retry_of)
 SELECT r.id, %(tenant)s, %(batch)s, r.custom_id, r.adapter, r.prompt, r.token_ids::int4[], r.prompt_idx,
-    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of, coalesce(r.is_templated, false), r.answer::jsonb
+    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of
 FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(prompts)b::text[], %(token_ids)b::text[],
-    %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[],
-    %(templated)b::bool[], %(answers)b::text[])
-    AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of, is_templated,
-        answer)
+    %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[])
+    AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of)
 """
 
 
@@ -106,15 +107,18 @@ class JobColumns:
     prompt_idx: Sequence[int | None] | None = None
     column_idx: Sequence[int | None] | None = None
     est_prompt_tokens: Sequence[int | None] | None = None
-    templated: Sequence[bool | None] | None = None  # the prompt holds its special tokens: the worker adds none
-    answers: Sequence[str | None] | None = None  # JSON: what an OpenAI answer shows of the result
 
     def __len__(self) -> int:
         return len(self.max_tokens)
 
 
-def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False) -> list[UUID]:
-    """Writes `jobs` (some thousands a call) and what they add to the demand. Returns their ids, in order."""
+def append_jobs(
+    conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False, are_counted: bool = False
+) -> list[UUID]:
+    """Writes `jobs` (some thousands a call), and what they add to the batch's lanes and to the demand.
+
+    are_counted: the batch's lanes have counted them already. Returns their ids, in order.
+    """
     columns = JobColumns(
         revisions=[j.revision for j in jobs],
         adapters=[j.adapter for j in jobs],
@@ -130,19 +134,18 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
         est_prompt_tokens=[j.est_prompt_tokens for j in jobs],
     )
     ids = append_columns(conn, batch, columns, is_held=is_held)
+    num_jobs = Counter(j.revision for j in jobs)
+    if not are_counted:
+        names = {j.revision: j.adapter for j in jobs}
+        add_lanes(conn, batch.id, batch.tenant, [Lane(rev, names[rev], num) for rev, num in num_jobs.items()])
     if not is_held:
-        add_batch_demand(conn, batch, Counter(j.revision for j in jobs))
+        _add_demand(conn, batch, num_jobs)
     return ids
 
 
-def append_columns(
-    conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False, after: UUID | None = None
-) -> list[UUID]:
-    """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order.
-
-    after: a job of the batch that they are to follow, whichever process made it.
-    """
-    ids = uuid7s(len(jobs), after=after)
+def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False) -> list[UUID]:
+    """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order."""
+    ids = uuid7s(len(jobs))
     token_ids = _whole(jobs.token_ids)
     conn.exec_driver_sql(
         _INSERT,
@@ -165,15 +168,28 @@ def append_columns(
             "seeds": _seeds(jobs.seeds),
             "samplings": _whole(jobs.samplings),
             "retries": _whole(jobs.retries),
-            "templated": _whole(jobs.templated),
-            "answers": _whole(jobs.answers),
         },
     )
     return ids
 
 
-def add_batch_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
-    """Adds jobs a revision (None: the base) to the demand. Rows of it stay locked until the commit, so last."""
+def add_batch_demand(
+    conn: Connection,
+    batch: NewBatch,
+    num_jobs: Mapping[UUID | None, int],
+    names: Mapping[UUID | None, str | None] | None = None,
+) -> None:
+    """Adds jobs a revision (None: the base) to the batch's lanes and to the demand. Call it last: see `_add_demand`.
+
+    names: the adapters as they were named.
+    """
+    names = names or {}
+    add_lanes(conn, batch.id, batch.tenant, [Lane(rev, names.get(rev), num) for rev, num in num_jobs.items()])
+    _add_demand(conn, batch, num_jobs)
+
+
+def _add_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
+    """Rows of the demand stay locked until the commit, so this comes last."""
     changes = [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in num_jobs.items()]
     add_demand(conn, batch.pool, changes)
 
@@ -207,13 +223,6 @@ def _estimates(jobs: JobColumns) -> list[int]:
     ]
 
 
-def deadline_in(conn: Connection, seconds: float) -> datetime:
-    """The time that is `seconds` from now on the database's clock."""
-    statement = text("SELECT clock_timestamp() + make_interval(secs => :seconds)")
-    deadline: datetime = conn.execute(statement, {"seconds": float(seconds)}).scalar_one()
-    return deadline
-
-
 def close_batch(conn: Connection, batch: UUID, total: int) -> None:
     conn.execute(text("UPDATE batches SET total = :total WHERE id = :id"), {"id": batch, "total": total})
 
@@ -239,14 +248,6 @@ def lock_batches_of(conn: Connection, jobs: Sequence[UUID]) -> None:
 def read_batch(conn: Connection, batch: UUID) -> Row[Any] | None:
     """The batch's row, with its sweep's (`sweep_name`, `num_expanded`, ... null where it is none)."""
     return conn.execute(_READ_BATCHES.format_where("b.id = :id"), {"id": batch}).one_or_none()
-
-
-def read_answers(conn: Connection, batch: UUID, *, after: UUID | None, limit: int) -> Sequence[Row[Any]]:
-    """Results of a batch as OpenAI's answers show them, in the order in which the jobs were made.
-
-    after: the last job of the page before.
-    """
-    return conn.execute(_READ_ANSWERS, {"batch": batch, "after": after or _FIRST, "limit": limit}).all()
 
 
 def list_batches(conn: Connection, *, before: UUID | None, limit: int) -> Sequence[Row[Any]]:
@@ -285,7 +286,7 @@ _READ_JOB = _Select(
     " j.finished_at, j.is_held, j.is_cancel_requested, j.revision_id, i.custom_id, i.adapter, i.seed, i.retry_of,"
     " i.prompt_idx, i.column_idx,"
     " r.seq, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message,"
-    " r.prompt_tokens, r.completion_tokens"
+    " r.prompt_tokens, r.completion_tokens, r.retried_by"
     " FROM jobs j JOIN job_inputs i ON i.job_id = j.id LEFT JOIN job_results r ON r.job_id = j.id"
 )
 
@@ -301,32 +302,21 @@ def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
 
 _READ_RESULTS = text(
     "SELECT r.job_id AS id, r.batch_id, r.seq, r.state, r.text, r.token_ids, r.logprobs, r.finish_reason,"
-    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt,"
+    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt, r.retried_by,"
     " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, j.created_at, j.finished_at"
     " FROM job_results r JOIN job_inputs i ON i.job_id = r.job_id JOIN jobs j ON j.id = r.job_id"
-    " WHERE r.batch_id = :batch AND r.seq > :after ORDER BY r.seq LIMIT :limit"
+    " WHERE r.batch_id = :batch AND r.seq > :after AND (r.retried_by IS NULL OR NOT :latest)"
+    " ORDER BY r.seq LIMIT :limit"
 )
 
 
-def read_results(conn: Connection, batch: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
-    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none."""
-    return conn.execute(_READ_RESULTS, {"batch": batch, "after": after, "limit": limit}).all()
+def read_results(conn: Connection, batch: UUID, *, after: int, limit: int, latest: bool = False) -> Sequence[Row[Any]]:
+    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none.
 
-
-def read_last_job(conn: Connection, batch: UUID) -> UUID | None:
-    """The newest job of a batch."""
-    statement = "SELECT job_id FROM job_inputs WHERE batch_id = :batch ORDER BY job_id DESC LIMIT 1"
-    last: UUID | None = conn.execute(text(statement), {"batch": batch}).scalar_one_or_none()
-    return last
-
-
-_FIRST = UUID(int=0)
-_READ_ANSWERS = text(
-    "SELECT i.job_id AS id, i.custom_id, i.adapter, i.column_idx, i.answer, r.state, r.text, r.token_ids, r.logprobs,"
-    " r.finish_reason, r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, j.finished_at"
-    " FROM job_inputs i JOIN job_results r ON r.job_id = i.job_id JOIN jobs j ON j.id = i.job_id"
-    " WHERE i.batch_id = :batch AND i.job_id > :after ORDER BY i.job_id LIMIT :limit"
-)
+    latest: without those that a retry has superseded.
+    """
+    parameters = {"batch": batch, "after": after, "limit": limit, "latest": latest}
+    return conn.execute(_READ_RESULTS, parameters).all()
 
 
 def read_job_ids(conn: Connection, batch: UUID, limit: int) -> list[UUID]:

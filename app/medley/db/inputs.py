@@ -27,14 +27,13 @@ class Assigned(msgspec.Struct, frozen=True, gc=False):
     priority: int
     step_limit: int | None
     is_quarantined: bool  # its adapter revision is: it must not run
-    is_templated: bool = False  # the prompt holds its special tokens: none are added
 
 
 # One JSON document of rows that decode as they are: a Python object a column costs more than the query.
 _FETCH = """
 SELECT coalesce(json_agg(f), '[]')::text FROM (
     SELECT j.id AS job, j.attempt, j.tenant_id AS tenant, j.revision_id AS revision, a.digest, j.priority, j.step_limit,
-        a.quarantined_at IS NOT NULL AS is_quarantined, i.is_templated, coalesce(i.prompt, p.prompt) AS prompt,
+        a.quarantined_at IS NOT NULL AS is_quarantined, coalesce(i.prompt, p.prompt) AS prompt,
         coalesce(i.prompt_token_ids, p.prompt_token_ids) AS prompt_token_ids,
         coalesce(i.sampling, s.sampling) || jsonb_build_object('seed', i.seed) AS sampling,
         CASE WHEN c.job_id IS NOT NULL

@@ -12,6 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Computed,
+    Date,
     Double,
     ForeignKey,
     Identity,
@@ -54,6 +55,15 @@ def _created() -> Column[object]:
 
 def _count(name: str, kind: type[Integer] = Integer) -> Column[object]:
     return Column(name, kind, nullable=False, server_default=text("0"))
+
+
+def _recent() -> tuple[Column[object], ...]:
+    """The ends by workers of late, from which a rate is read."""
+    return (
+        Column("recent_num", Double, nullable=False, server_default=text("0")),
+        Column("recent_at", AT),
+        Column("recent_since", AT),
+    )
 
 
 tenants = Table(
@@ -126,8 +136,51 @@ batches = Table(
     _count("prompt_tokens", BigInteger),
     _count("completion_tokens", BigInteger),
     _count("last_seq", BigInteger),
+    Column("is_single", Boolean, nullable=False, server_default=text("false")),
+    _count("retried"),
+    *_recent(),
     CheckConstraint("succeeded + failed + cancelled + expired <= total"),
     Index("batches_tenant_id_id", "tenant_id", "id"),
+)
+
+batch_lanes = Table(
+    "batch_lanes",
+    metadata,
+    Column("batch_id", UUID, primary_key=True),
+    Column("lane", UUID, primary_key=True),
+    _tenant(references=False),
+    Column("revision_id", UUID),
+    Column("adapter", Text),
+    _count("total"),
+    _count("succeeded"),
+    _count("failed"),
+    _count("cancelled"),
+    _count("expired"),
+    _count("prompt_tokens", BigInteger),
+    _count("completion_tokens", BigInteger),
+    *_recent(),
+)
+
+batch_failures = Table(
+    "batch_failures",
+    metadata,
+    Column("batch_id", UUID, primary_key=True),
+    Column("lane", UUID, primary_key=True),
+    Column("code", Text, primary_key=True),
+    _tenant(references=False),
+    Column("num_jobs", Integer, nullable=False),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("lane", UUID, primary_key=True),
+    Column("revision_id", UUID),
+    Column("num_jobs", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
 )
 
 sweeps = Table(
@@ -146,8 +199,21 @@ sweeps = Table(
     _count("next_num_expanded"),
     Column("expand_due_at", AT),
     _created(),
+    _count("next_part_idx"),
+    Column("past_definitions", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
     UniqueConstraint("tenant_id", "name"),
     Index("sweeps_expand_due_at", "expand_due_at", postgresql_where=text("expand_due_at IS NOT NULL")),
+)
+
+sweep_parts = Table(
+    "sweep_parts",
+    metadata,
+    Column("sweep_id", UUID, ForeignKey("sweeps.id"), primary_key=True),
+    Column("part_idx", Integer, primary_key=True),
+    _tenant(references=False),
+    Column("num_prompts", Integer, nullable=False),
+    Column("num_columns", Integer, nullable=False),
+    Column("num_seeds", Integer, nullable=False),
 )
 
 sweep_prompts = Table(
@@ -170,66 +236,6 @@ sweep_columns = Table(
     Column("column_idx", Integer, primary_key=True),
     _tenant(references=False),
     Column("adapter", Text),
-    Column("revision_id", UUID, ForeignKey("adapter_revisions.id")),
-)
-
-files = Table(
-    "files",
-    metadata,
-    _id(),
-    _tenant(),
-    Column("purpose", Text, nullable=False),
-    Column("filename", Text, nullable=False),
-    Column("object_key", Text, nullable=False, unique=True),
-    Column("size_bytes", BigInteger),
-    Column("sha256", LargeBinary),
-    _created(),
-    Column("stored_at", AT),
-    Column("expires_at", AT),
-    Column("deleted_at", AT),
-    Index("files_tenant_id_id", "tenant_id", "id"),
-    Index("files_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
-    Index("files_unstored", "created_at", postgresql_where=text("stored_at IS NULL")),
-    Index("files_deleted_at", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
-)
-
-openai_batches = Table(
-    "openai_batches",
-    metadata,
-    Column("id", UUID, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
-    _tenant(),
-    Column("endpoint", Text, nullable=False),
-    Column("input_file_id", UUID, nullable=False),
-    Column("completion_window", Text, nullable=False),
-    Column("metadata", JSONB),
-    Column("output_expires_after_s", Integer),
-    Column("state", Text, nullable=False, server_default=text("'validating'")),
-    Column("due_at", AT, server_default=NOW),
-    Column("model", Text),
-    _count("num_requests"),
-    _count("num_jobs"),
-    Column("next_offset", BigInteger),
-    Column("errors", JSONB),
-    Column("in_progress_at", AT),
-    Column("finalizing_at", AT),
-    Column("ended_at", AT),
-    Column("num_completed", Integer),
-    Column("num_failed", Integer),
-    Column("input_tokens", BigInteger),
-    Column("output_tokens", BigInteger),
-    Column("output_file_id", UUID),
-    Column("error_file_id", UUID),
-    Index("openai_batches_tenant_id_id", "tenant_id", "id"),
-    Index("openai_batches_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
-    Index("openai_batches_running", "id", postgresql_where=text("state = 'in_progress' AND due_at IS NULL")),
-)
-
-openai_batch_models = Table(
-    "openai_batch_models",
-    metadata,
-    Column("batch_id", UUID, ForeignKey("openai_batches.id", ondelete="CASCADE"), primary_key=True),
-    Column("model", Text, primary_key=True),
-    _tenant(references=False),
     Column("revision_id", UUID, ForeignKey("adapter_revisions.id")),
 )
 
@@ -282,8 +288,6 @@ job_inputs = Table(
     Column("seed", BigInteger, nullable=False),
     Column("sampling", JSONB),
     Column("retry_of", UUID),
-    Column("is_templated", Boolean, nullable=False, server_default=text("false")),
-    Column("answer", JSONB),
     Index("job_inputs_batch_id", "batch_id", "job_id"),
 )
 
@@ -305,7 +309,9 @@ job_results = Table(
     _count("completion_tokens"),
     _count("attempt"),
     Column("worker_id", UUID),
+    Column("retried_by", UUID),
     Index("job_results_batch_id_seq", "batch_id", "seq", unique=True),
+    Index("job_results_unsuccessful", "batch_id", "seq", postgresql_where=text("state <> 'succeeded'")),
 )
 
 checkpoints = Table(
@@ -391,4 +397,47 @@ leaders = Table(
     Column("holder", UUID, nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("until", AT, nullable=False),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    _id(),
+    _tenant(),
+    Column("url", Text, nullable=False),
+    Column("events", ARRAY(Text), nullable=False),
+    Column("description", Text),
+    Column("batch_id", UUID),
+    Column("failed_jobs", Integer),
+    Column("secret", LargeBinary, nullable=False),
+    Column("previous_secret", LargeBinary),
+    Column("previous_until", AT),
+    _created(),
+    Column("disabled_at", AT),
+    Column("disabled_reason", Text),
+    Index("webhooks_tenant_id", "tenant_id", postgresql_where=text("batch_id IS NULL")),
+    Index("webhooks_batch_id", "batch_id", postgresql_where=text("batch_id IS NOT NULL")),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", UUID, primary_key=True, server_default=text("gen_random_uuid()")),
+    _tenant(references=False),
+    Column("webhook_id", UUID, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    _count("attempt"),
+    Column("due_at", AT, server_default=NOW),
+    Column("rung_at", AT),
+    Column("leased_until", AT),
+    Column("status", Integer),
+    Column("error", Text),
+    _created(),
+    Column("ended_at", AT),
+    Index("webhook_deliveries_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("webhook_deliveries_waiting", "webhook_id", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("webhook_deliveries_webhook_id", "webhook_id", "created_at"),
+    Index("webhook_deliveries_created_at", "created_at"),
 )

@@ -21,17 +21,9 @@ _KEY = re.compile(r"mk_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 
 
 @dataclass(frozen=True)
-class Owner:
-    """A tenant as the owner of things."""
-
+class Tenant:
     id: UUID
     name: str
-
-
-@dataclass(frozen=True)
-class Tenant(Owner):
-    """A tenant who calls, by one of its keys."""
-
     key_id: str
 
 
@@ -71,12 +63,6 @@ def authenticate(conn: Connection, key: str) -> Tenant | None:
     conn.execute(text("SELECT set_config('medley.tenant', :tenant, true)"), {"tenant": str(row.tenant_id)})
     name: str = conn.execute(text("SELECT name FROM tenants WHERE id = :id"), {"id": row.tenant_id}).scalar_one()
     return Tenant(row.tenant_id, name, key_id)
-
-
-def read_owner(conn: Connection, tenant: UUID) -> Owner:
-    """The tenant of a row."""
-    name: str = conn.execute(text("SELECT name FROM tenants WHERE id = :id"), {"id": tenant}).scalar_one()
-    return Owner(tenant, name)
 
 
 def _digest(secret: str) -> bytes:

@@ -150,7 +150,6 @@ def _environment(spec: ProcessSpec, profile: str | None) -> dict[str, str]:
         # The first migration makes the other two roles.
         return env | {key: _secret(key) for role, key in _PASSWORDS.items() if role != spec.role}
     env["MEDLEY_MODEL"] = _MODEL
-    env["MEDLEY_MODEL_NAME"] = "${MEDLEY_MODEL_NAME:-}"
     if spec.health is Health.BEAT:
         env["MEDLEY_HEALTH_FILE"] = _BEAT
     if spec.serves_port:

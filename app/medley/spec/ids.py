@@ -11,7 +11,7 @@ import time
 from uuid import UUID
 
 JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
-FILE = "file"
+WEBHOOK, MESSAGE = "wh", "msg"
 
 _TAIL = (1 << 62) - 1  # the random bits of an id
 
@@ -24,17 +24,12 @@ def uuid7() -> UUID:
     return uuid7s(1)[0]
 
 
-def uuid7s(num: int, *, after: UUID | None = None) -> list[UUID]:
-    """`num` of them, in order; many at once cost less than one by one.
-
-    after: an id of this kind, perhaps of another machine, that they are to follow.
-    """
+def uuid7s(num: int) -> list[UUID]:
+    """`num` of them, in order; many at once cost less than one by one."""
     global _last
     with _lock:
         # 48 bits of milliseconds, then 12 bits that count within one (method 3 of section 6.2).
         first = max(_last + 1, (time.time_ns() * 4096) // 1_000_000)
-        if after is not None:
-            first = max(first, ((after.int >> 80) << 12 | (after.int >> 64) & 0xFFF) + 1)
         _last = first + num - 1
     tails = memoryview(os.urandom(8 * num)).cast("Q")
     return [

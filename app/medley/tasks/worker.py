@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from uuid import UUID
 
 import celery.worker.state
@@ -18,32 +16,27 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import InternalError, OperationalError
 
-from medley.api.openai.requests import RequestReader
-from medley.api.openai.tokens import TokenTexts
 from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
 from medley.health import beat
-from medley.objects import Objects
-from medley.rings import EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.store import Store
+from medley.tasks import deliver
+from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
-from medley.tasks.finalize import Finalizer
 from medley.tasks.maintain import maintain
-from medley.tasks.openai_batches import OpenAIBatches
-from medley.tasks.validate import Validator
 
 NUM_THREADS = 2  # a long expansion beside short ones
-NUM_LOOKS = 2
 LOOK_S = 1.0
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Runs tasks until SIGTERM or SIGINT; each stops after its present chunk. Exits with status 1 on a crash."""
-    store, objects = Store.open(settings.store_url), Objects.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + NUM_LOOKS)
+    """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
+    store = Store.open(settings.store_url)
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + deliver.NUM_THREADS + 1)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -52,66 +45,45 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
-    openai_batches = _openai_batches(settings, engine, objects, ringer)
+    deliverer = Deliverer(engine, allow_loopback=settings.webhook_loopback, should_stop=_is_stopping)
     threading.excepthook = _end_on_crash
-    # Each looks on a thread of its own: the look runs what it finds, and a long one keeps no other waiting.
-    for name, look in (("look", expander.look), ("look-openai", openai_batches.look)):
-        threading.Thread(target=_look, args=(look, settings), name=name, daemon=True).start()
+    threading.Thread(target=_look, args=(expander, deliverer, settings), name="look", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, openai_batches, lambda: maintain(engine, store, objects))
+    _add_tasks(app, expander, deliverer, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
+    deliverer.close()
     ringer.close()
     engine.dispose()
     if worker.exitcode:
         raise SystemExit(worker.exitcode)
 
 
-def _openai_batches(settings: Settings, engine: Engine, objects: Objects, ringer: Ringer) -> OpenAIBatches:
-    def on_chunk() -> None:
-        beat(settings.health_file)
-
-    requests = RequestReader.open(settings)
-    texts = TokenTexts(Path(settings.model or "."))
-    base_name = settings.base_name
-    validator = Validator(
-        engine,
-        objects,
-        ringer,
-        requests,
-        settings.limits,
-        base_name,
-        on_chunk=on_chunk,
-        should_stop=_is_stopping,
-    )
-    finalizer = Finalizer(engine, objects, ringer, texts, base_name, on_chunk=on_chunk, should_stop=_is_stopping)
-    return OpenAIBatches(engine, validator, finalizer, should_stop=_is_stopping)
-
-
-def _add_tasks(app: Celery, expander: Expander, openai_batches: OpenAIBatches, do_maintain: Callable[[], None]) -> None:
+def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: Engine, store: Store) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
 
-    @app.task(name=OPENAI_TASK, shared=False)  # type: ignore[untyped-decorator]
-    def run_openai_batch(batch: str) -> None:
-        openai_batches.run(UUID(hex=batch))
+    @app.task(name=DELIVER_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def send_event(delivery: str) -> None:
+        deliverer.begin(UUID(hex=delivery))
 
     @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
     def forget_the_old() -> None:
         try:
-            do_maintain()
+            maintain(engine, store)
         except (OperationalError, InternalError) as error:  # the next message comes within a minute
             log.warning("maintain.failed", error=type(error.orig).__name__)
         except OSError as error:
             log.warning("maintain.failed", error=str(error))
 
 
-def _look(look: Callable[[], None], settings: Settings) -> None:
+def _look(expander: Expander, deliverer: Deliverer, settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
-            look()
+            deliverer.look()
+            expander.look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)
         time.sleep(LOOK_S)

@@ -118,10 +118,7 @@ class Preparation:
 
     def prepare(self, assigned: Sequence[Assigned]) -> tuple[list[Held], list[Result]]:
         """All jobs for the table, and the results of those among them (ENDING) that cannot run."""
-        texts = [job for job in assigned if job.prompt_token_ids is None]
-        # A chat template writes special tokens itself: those of the tokenizer would stand there twice.
-        tokens = self._tokens([job for job in texts if not job.is_templated], add_special_tokens=True)
-        tokens |= self._tokens([job for job in texts if job.is_templated], add_special_tokens=False)
+        tokens = self._tokens([job for job in assigned if job.prompt_token_ids is None])
         jobs: list[Held] = []
         failures: list[Result] = []
         for job in assigned:
@@ -142,16 +139,14 @@ class Preparation:
                 jobs.append(Held(ready.key, ready, job.step_limit))
         return jobs, failures
 
-    def _tokens(self, jobs: Sequence[Assigned], *, add_special_tokens: bool) -> dict[UUID, tuple[int, ...]]:
+    def _tokens(self, jobs: Sequence[Assigned]) -> dict[UUID, tuple[int, ...]]:
         """The tokens of each prompt; those that the tokenizer refuses are left out, found by halves."""
-        prompts = [job.prompt or "" for job in jobs]
         try:
-            encoded = self._codec.encode(prompts, add_special_tokens=add_special_tokens)
+            encoded = self._codec.encode([job.prompt or "" for job in jobs])
         except Exception as error:  # the Rust binding raises plain Exception
             if len(jobs) > 1:
                 middle = len(jobs) // 2
-                first = self._tokens(jobs[:middle], add_special_tokens=add_special_tokens)
-                return first | self._tokens(jobs[middle:], add_special_tokens=add_special_tokens)
+                return self._tokens(jobs[:middle]) | self._tokens(jobs[middle:])
             # Without the error's text, which may quote the prompt.
             log.error("prompt.unreadable", job=jobs[0].job.hex, error=type(error).__name__)
             return {}

@@ -33,12 +33,11 @@ class TextCodec:
         except Exception as error:  # the Rust binding raises plain Exception
             raise TokenizerMissing(f"cannot read {path}: {error}; a worker needs the model's tokenizer.json") from error
 
-    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each prompt, with the special tokens that the tokenizer adds by itself, or without."""
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, with the special tokens that the tokenizer adds by itself."""
         if not prompts:
             return []
-        encodings = self.tokenizer.encode_batch_fast(list(prompts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(prompts))]
 
     def decode(self, outputs: Sequence[Sequence[int]]) -> list[str]:
         """The text of each output, without special tokens."""
