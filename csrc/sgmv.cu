@@ -3,7 +3,7 @@
 #include <limits.h>
 
 #include "errors.h"
-#include "sgmv_bulk.cuh"
+#include "sgmv_bulk_kernels.cuh"
 #include "sgmv_ring.cuh"
 
 using namespace medley;
@@ -12,12 +12,13 @@ namespace {
 
 int blocks_of(int features) { return (features + kBlock - 1) / kBlock; }
 
-bool is_bulk(Step step) { return step == Step::kBulkShrink || step == Step::kBulkExpand; }
+bool is_bulk(Step step) { return step == Step::kBulkShrink || step == Step::kBulkExpand || step == Step::kJoined; }
 
 template <int HALVES>
 int smem_bytes(Step step, int max_pairs) {
   if (step == Step::kBulkShrink) return bulk::shrink_bytes<HALVES>();
   if (step == Step::kBulkExpand) return bulk::expand_bytes<HALVES>(max_pairs);
+  if (step == Step::kJoined) return bulk::kBlockBytesShared<HALVES>;
   return ring::Smem<(HALVES + 1) / 2>::bytes(max_pairs);
 }
 
@@ -29,6 +30,7 @@ int smem_bytes(int block_rows, Step step, int max_pairs) {
 // What a mode launches.
 int steps_of(int mode, Step (&steps)[2]) {
   if (mode == MEDLEY_FUSED) return steps[0] = Step::kFused, 1;
+  if (mode == MEDLEY_JOINED) return steps[0] = Step::kJoined, 1;
   steps[0] = mode == MEDLEY_PLANES ? Step::kRingShrink : Step::kBulkShrink;
   steps[1] = mode == MEDLEY_PLANES ? Step::kRingExpand : Step::kBulkExpand;
   return 2;
@@ -112,6 +114,7 @@ int prepare(const MedleyGroup* g, int dtype, int block_rows, Step step, bool pdl
   const int most_smem = smem_bytes(block_rows, step, MEDLEY_MAX_SITES * MEDLEY_MAX_TILES);
   int blocks = 0;
   if (int code = resident_blocks(launch, step == Step::kFused, most_smem, &blocks, error, bytes)) return code;
+  if (step == Step::kJoined && blocks > bulk::kMaxGrid) blocks = bulk::kMaxGrid;
   launch.config.gridDim = dim3(is_bulk(step) ? blocks : blocks / ring::kSlices * ring::kSlices);
   if (pdl) {
     cudaLaunchAttribute& a = launch.attributes[launch.config.numAttrs++];
@@ -129,8 +132,13 @@ int medley_abi(void) { return MEDLEY_ABI; }
 
 int64_t medley_sgmv_workspace(const MedleyGroup* g, int32_t max_items, int32_t block_rows, int32_t mode) {
   if (mode == MEDLEY_FUSED) return 0;
-  const int64_t slices = mode == MEDLEY_BULK ? bulk::kSlices : ring::kSlices;
+  const int64_t slices = mode == MEDLEY_PLANES ? ring::kSlices : bulk::kSlices;
   return max_items * slices * g->num_sites * MEDLEY_MAX_TILES * ((block_rows + 15) / 16) * kLanes * 16;
+}
+
+int64_t medley_sgmv_flags(int32_t max_items, int32_t mode) {
+  if (mode != MEDLEY_JOINED) return 0;
+  return (bulk::kMaxGrid + static_cast<int64_t>(max_items) * bulk::kSlices) * sizeof(int);
 }
 
 int medley_sgmv_room(const MedleyGroup* g, int32_t block_rows, int32_t mode, int32_t* parts, int32_t* column_blocks,
@@ -152,8 +160,8 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
     return refuse(error, bytes, "dtype: got %d, wanted 0 (bfloat16) or 1 (float16)", c->dtype);
   if (c->block_rows != 8 && c->block_rows != 16 && c->block_rows != 32)
     return refuse(error, bytes, "block_rows: got %d, wanted 8, 16 or 32", c->block_rows);
-  if (c->mode < MEDLEY_FUSED || c->mode > MEDLEY_BULK)
-    return refuse(error, bytes, "mode: got %d, wanted 0 (fused), 1 (planes) or 2 (bulk)", c->mode);
+  if (c->mode < MEDLEY_FUSED || c->mode > MEDLEY_JOINED)
+    return refuse(error, bytes, "mode: got %d, wanted 0 (fused), 1 (planes), 2 (bulk) or 3 (joined)", c->mode);
   if (c->layer < 0 || c->layer >= g->num_layers)
     return refuse(error, bytes, "layer: got %d, wanted 0 to %d", c->layer, g->num_layers - 1);
   if (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8)
@@ -167,6 +175,10 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   if (c->workspace_bytes < wanted || (wanted && !c->workspace))
     return refuse(error, bytes, "workspace: got %lld bytes, wanted %lld", static_cast<long long>(c->workspace_bytes),
                   static_cast<long long>(wanted));
+  const int64_t wanted_flags = medley_sgmv_flags(c->max_items, c->mode);
+  if (c->flags_bytes < wanted_flags || (wanted_flags && !c->flags))
+    return refuse(error, bytes, "flags: got %lld bytes, wanted %lld", static_cast<long long>(c->flags_bytes),
+                  static_cast<long long>(wanted_flags));
 
   Params p = {};
   p.y = c->y;
@@ -176,6 +188,8 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   p.items = c->items;
   p.header = c->header;
   p.planes = static_cast<float4*>(c->workspace);
+  p.epochs = static_cast<int*>(c->flags);
+  p.flags = c->flags ? p.epochs + bulk::kMaxGrid : nullptr;
   p.in_features = g->in_features;
   p.k_blocks = blocks_of(g->in_features);
   p.max_pairs = g->num_sites * MEDLEY_MAX_TILES;

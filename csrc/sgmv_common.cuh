@@ -20,6 +20,7 @@ struct Params {
   const MedleyItem* items;
   const int* header;  // medley.h
   float4* planes;
+  int *flags, *epochs;     // mode "joined": of each unit of shrink, of each thread block
   long long layer_offset;  // bytes from a tile's start to this layer
   int in_features, k_blocks, max_pairs, num_column_blocks;
   int out_features[MEDLEY_MAX_SITES];
@@ -126,6 +127,24 @@ inline __device__ void let_next_kernel_start() {
 #endif
 }
 
+// Words by which thread blocks of one launch tell each other that something has been written.
+inline __device__ void store_release(int* to, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+inline __device__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+inline __device__ void store_relaxed(int* to, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+inline __device__ int load_relaxed(const int* from) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 inline __device__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 // One item as a warp sees it: every lane holds the fields, lane t the pointer to tile t.
@@ -171,7 +190,7 @@ inline __device__ const char* from_lane(const char* value, int lane) {
 using Kernel = void (*)(const Params);
 
 // What a mode launches, for items of `block_rows` rows: one kernel, or shrink and expand.
-enum class Step { kFused, kRingShrink, kRingExpand, kBulkShrink, kBulkExpand };
+enum class Step { kFused, kRingShrink, kRingExpand, kBulkShrink, kBulkExpand, kJoined };
 Kernel pick_bf16(int block_rows, Step step);
 Kernel pick_fp16(int block_rows, Step step);
 

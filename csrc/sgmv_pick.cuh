@@ -1,7 +1,7 @@
 // The kernels of one dtype, each dtype in a translation unit of its own, so that they build side by side.
 #pragma once
 
-#include "sgmv_bulk.cuh"
+#include "sgmv_bulk_kernels.cuh"
 #include "sgmv_ring.cuh"
 
 namespace medley {
@@ -15,6 +15,7 @@ Kernel pick_step(Step step) {
     case Step::kRingExpand: return ring::sgmv_kernel<T, MT, ring::kExpand>;
     case Step::kBulkShrink: return bulk::shrink_kernel<T, HALVES>;
     case Step::kBulkExpand: return bulk::expand_kernel<T, HALVES>;
+    case Step::kJoined: return bulk::joined_kernel<T, HALVES>;
   }
   return nullptr;
 }

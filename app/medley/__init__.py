@@ -1,13 +1,11 @@
 """Medley: batch inference for hundreds of LoRA adapters on one base model.
 
-`import medley` gives a tenant's tools: `medley.Client`, the errors it raises, and
-`medley.verify_webhook` for who receives its events.
+`import medley` gives a tenant's tools: `medley.Client` and the errors it raises.
 """
 
 from medley.client import (
     APIError,
     Authentication,
-    BadSignature,
     Client,
     Conflict,
     Connection,
@@ -17,13 +15,11 @@ from medley.client import (
     NotFound,
     Timeout,
     TooLarge,
-    verify_webhook,
 )
 
 __all__ = [
     "APIError",
     "Authentication",
-    "BadSignature",
     "Client",
     "Conflict",
     "Connection",
@@ -33,5 +29,4 @@ __all__ = [
     "NotFound",
     "Timeout",
     "TooLarge",
-    "verify_webhook",
 ]

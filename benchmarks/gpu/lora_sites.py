@@ -65,11 +65,12 @@ class LoraSites:
         if wanted > self.num_tiles:
             raise TilesShort(f"{wanted} tiles are wanted, {self.num_tiles} fit into the device's memory")
         tiles = iter(range(self.num_tiles))
+        masks = {group.name: (1 << group.num_sites) - 1 for group in self.layout.groups}
         found = []
         for rank in ranks:
             count = math.ceil(rank / TILE_RANKS)
             dealt = {group.name: tuple(itertools.islice(tiles, count)) for group in self.layout.groups}
-            found.append(AdapterTiles(next(self._load_ids), dealt, self._scales))
+            found.append(AdapterTiles(next(self._load_ids), dealt, self._scales, masks))
         return found
 
     def upload(self, ranks: Sequence[int], rows: Sequence[int]) -> SgmvBatch:

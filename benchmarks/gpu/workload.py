@@ -68,6 +68,8 @@ def measure(case: Case, engine: Engine, files: AdapterFiles) -> Row:
         "seconds": round(timed.seconds, 2),
         "tok_s": round(timed.num_tokens / timed.seconds),
         "jobs_s": round(len(jobs) / timed.seconds, 1),
+        "steps": timed.steps,
+        "host_s": round(timed.host_s, 2),
         "preemptions": timed.preemptions,
         "adapter_loads": timed.loads,
     }

@@ -65,7 +65,7 @@ def world(request: pytest.FixtureRequest) -> World:
                         here, n = pool[tile : tile + 1], r.stop - r.start
                         layout.a_view(here, group)[0, layer, :, site, :n] = a[:, r]
                         layout.b_view(here, group, site)[0, layer, :n] = b[r]
-        adapters[name] = AdapterTiles(load_id, tiles, scales)
+        adapters[name] = AdapterTiles(load_id, tiles, scales, {g: (1 << layout.group(g).num_sites) - 1 for g in tiles})
     return World(layout, LoraStage(layout, pool), adapters, weights)
 
 
@@ -124,7 +124,7 @@ def test_an_adapter_loaded_anew_is_not_taken_for_what_was_there(world: World) ->
     x = torch.randn(1, world.layout.group("qkv").in_features)
     old, other = world.adapters["eight"], world.adapters["more_eight"]
     before = run(world, x, "qkv", 0, ["eight"], [1])
-    moved = AdapterTiles(999, other.tiles, other.scales)
+    moved = AdapterTiles(999, other.tiles, other.scales, other.site_masks)
     y = torch.zeros_like(before)
     lora_apply(y, x, "qkv", 0, build_lora_batch([moved], [1], world.stage))
     assert torch.equal(y, run(world, x, "qkv", 0, ["more_eight"], [1]))

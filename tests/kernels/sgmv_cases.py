@@ -76,6 +76,7 @@ class Adapters:
         max_tokens: int = 512,
         max_adapters: int | None = None,
         seed: int = 0,
+        mode: str | None = None,
     ) -> None:
         self.layout = fragment_layout(model)
         self.dtype = dtype
@@ -94,9 +95,10 @@ class Adapters:
             for (layer, site), pair in pairs.items():
                 scales[layer, SITES.index(site)] = pair.scale
                 self._pack(host, dealt, layer, site, pair)
-            self.tiles.append(AdapterTiles(load_id, dealt, scales.cuda()))
+            masks = {shape.name: self._site_mask(shape, self.ranks[load_id]) for shape in self.layout.groups}
+            self.tiles.append(AdapterTiles(load_id, dealt, scales.cuda(), masks))
         self.pool = host.cuda()
-        self.lora = SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks))
+        self.lora = SgmvLora(self.layout, self.pool, max_tokens, max_adapters or len(ranks), mode)
 
     def batch(self, spans: Sequence[Span]) -> SgmvBatch | None:
         """The SgmvBatch of a step of these sequences, in this order; None where none has an adapter."""
@@ -180,6 +182,9 @@ class Adapters:
                     scale = 0.5 + 1.5 * float(torch.rand((), generator=self._generator))
                     pairs[layer, site] = Pair(a.to(self.dtype).cuda(), b.to(self.dtype).cuda(), scale)
         return pairs
+
+    def _site_mask(self, shape: GroupShape, ranks: Mapping[str, int]) -> int:
+        return sum(1 << i for i, site in enumerate(_sites(shape)) if ranks.get(site, 0))
 
     def _num_tiles(self, ranks: Mapping[str, int]) -> dict[str, int]:
         highest = {shape.name: max(ranks.get(site, 0) for site in _sites(shape)) for shape in self.layout.groups}

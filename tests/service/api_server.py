@@ -120,13 +120,7 @@ class Api:
 
 @contextmanager
 def running_api(
-    database: Any,
-    redis_url: str,
-    store_url: str,
-    *,
-    limits: Limits | None = None,
-    model: str | None = str(MODEL),
-    webhook_loopback: bool = False,
+    database: Any, redis_url: str, store_url: str, *, limits: Limits | None = None, model: str | None = str(MODEL)
 ) -> Iterator[Api]:
     """Serves until the block ends."""
     ledger = Ledger(database)
@@ -137,7 +131,6 @@ def running_api(
         model=model,
         pool=ledger.pool,
         limits=limits or Limits(),
-        webhook_loopback=webhook_loopback,
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -27,10 +27,7 @@ def api(
     embedded: EmbeddedServers,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Api]:
-    """The API within the test module's own `LIMITS`; its webhooks may lead here where it says `WEBHOOK_LOOPBACK`."""
+    """The API within the test module's own `LIMITS`."""
     store_url = tmp_path_factory.mktemp("store").as_uri()
-    loopback = getattr(request.module, "WEBHOOK_LOOPBACK", False)
-    with running_api(
-        module_database, embedded.redis_url, store_url, limits=request.module.LIMITS, webhook_loopback=loopback
-    ) as api:
+    with running_api(module_database, embedded.redis_url, store_url, limits=request.module.LIMITS) as api:
         yield api

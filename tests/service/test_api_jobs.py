@@ -292,3 +292,22 @@ def test_errors_have_one_shape_whatever_fails(api: Api) -> None:
     response = api.as_tenant().request("PATCH", "/v1/jobs")
     assert response.status_code == 405
     assert set(response.json()["error"]) == {"code", "message", "faults"}
+
+
+def test_jobs_read_at_once_are_each_asked_for_by_their_own_tenant(api: Api) -> None:
+    """Reads that come together share a query, which sees one tenant's rows alone."""
+    jobs = {}
+    for tenant in (api.take_new_tenant(), api.take_new_tenant()):
+        batch = api.as_tenant(tenant).post("/v1/batches", json={"jobs": [{"prompt": "hello"}] * 30}).json()
+        jobs[tenant] = batch["job_ids"]
+    first, second = jobs
+    asked = [(tenant, job) for tenant in jobs for job in (*jobs[first], *jobs[second])]
+    clients = {tenant: api.as_tenant(tenant) for tenant in jobs}
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda one: clients[one[0]].get(f"/v1/jobs/{one[1]}"), asked))
+    for (tenant, job), answer in zip(asked, answers, strict=True):
+        if job in jobs[tenant]:
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["id"] == job
+        else:
+            assert answer.status_code == 404

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -24,7 +23,7 @@ from hypothesis.stateful import (
 from ledger import Ledger, columns, result
 from sqlalchemy import text
 
-from medley.db import batches, crashes, flags, retries, sweep_parts, sweeps, workers
+from medley.db import batches, crashes, flags, sweeps, workers
 from medley.db.connections import tenant_transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.inputs import fetch_inputs
@@ -90,34 +89,6 @@ class JobMachine(RuleBasedStateMachine):
     def expand_a_sweep(self, data: st.DataObject) -> None:
         with self.ledger.working() as conn:
             sweeps.expand(conn, data.draw(st.sampled_from(self.sweeps)), limit=3)
-
-    @precondition(lambda self: self.sweeps)
-    @rule(data=st.data(), num_prompts=st.integers(0, 2), seed=st.integers(1, 3))
-    def extend_a_sweep(self, data: st.DataObject, num_prompts: int, seed: int) -> None:
-        sweep = data.draw(st.sampled_from(self.sweeps))
-        tenant = next(tenant for tenant, batch in self.batches if batch == sweep)
-        prompts = [sweeps.SweepPrompt("another", None, "ok", None, None)] * num_prompts
-        with tenant_transaction(self.ledger.api, tenant) as conn, suppress(sweep_parts.NotExtended):
-            row = sweep_parts.lock_sweep(conn, sweep)
-            seeds = [] if seed in row.seeds else [seed]
-            sweep_parts.extend_sweep(conn, row, sweep_parts.Extension(prompts, [], seeds))
-
-    @precondition(lambda self: self.batches)
-    @rule(data=st.data(), states=st.lists(st.sampled_from(retries.RETRIED), min_size=1, unique=True))
-    def retry(self, data: st.DataObject, states: list[JobState]) -> None:
-        tenant, batch = data.draw(st.sampled_from(self.batches))
-        with tenant_transaction(self.ledger.api, tenant) as conn, suppress(retries.NotRetried):
-            num = retries.retry(conn, batch, retries.Wanted(states))
-            assert (num > 0) <= (batches.read_batch(conn, batch).finished_at is None)  # type: ignore[union-attr]
-            assert retries.retry(conn, batch, retries.Wanted(states)) == 0, "each end is retried once"
-
-    @precondition(lambda self: self.batches)
-    @rule(data=st.data(), priority=st.integers(0, 2), has_deadline=st.booleans())
-    def change(self, data: st.DataObject, priority: int, has_deadline: bool) -> None:
-        tenant, batch = data.draw(st.sampled_from(self.batches))
-        deadline_at = datetime.now(UTC) + timedelta(seconds=30) if has_deadline else None
-        with tenant_transaction(self.ledger.api, tenant) as conn:
-            flags.change_batch(conn, batch, priority=priority, deadline=(deadline_at,))
 
     @rule(data=st.data(), counts=st.lists(st.integers(0, 4), min_size=4, max_size=4))
     def claim(self, data: st.DataObject, counts: list[int]) -> None:

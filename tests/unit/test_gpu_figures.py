@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu.floors import step_floor_s
+from benchmarks.gpu.kernel_times import kernel_rows, short_name
 from benchmarks.gpu.plot import best, points
 from benchmarks.gpu.results import Figure, Run, gpu_name
 from benchmarks.gpu.shapes import adapter_weight_bytes, base_model
-from benchmarks.gpu.step import busy_us
+from benchmarks.gpu.step import Case, busy_us
 from benchmarks.gpu.workloads import POPULARITIES, adapter_counts, adapter_rows, bulk, punica
 
 DEVICE = "NVIDIA H200"
@@ -127,3 +128,20 @@ def test_the_plot_takes_a_ranks_rows_and_the_lowest_for_each_number_of_adapters(
     ]
     assert points(rows, "ms") == [(1, 0.4), (8, 0.6), (8, 0.9)]
     assert best(points(rows, "ms")) == [(1, 0.4), (8, 0.6)]
+
+
+def test_a_kernel_goes_by_its_name_without_types() -> None:
+    name = "void flashinfer::norm::FusedAddRMSNormKernel<8u, __nv_bfloat16>(__nv_bfloat16*, float)"
+    assert short_name(name) == "flashinfer::norm::FusedAddRMSNormKernel<8u, __nv_bfloat16>"
+    assert short_name("nvjet_tst_192x8_64x8_2x1_v_bz_TNT") == "nvjet_tst_192x8_64x8_2x1_v_bz_TNT"
+
+
+def test_kernel_times_are_those_of_the_steps_that_the_longer_run_has_more() -> None:
+    short = {"norm": [(0.0, 100.0)]}
+    long = {"norm": [(0.0, 100.0), (200.0, 520.0)], "copy": [(300.0, 304.0)]}
+    rows = kernel_rows(Case("7b", 32, "none"), short, long)
+    assert [(row["kernel"], row["launches"], row["us"]) for row in rows] == [
+        ("step", 0.2, 20.0),
+        ("norm", 0.1, 20.0),
+        ("others", 0.1, 0.2),
+    ]

@@ -100,17 +100,19 @@ def test_a_compilers_error_is_told_and_a_later_build_succeeds(recipe: Recipe, tm
     assert build(recipe, tmp_path / "out").is_file()
 
 
-def test_what_was_built_ahead_serves_its_own_sources_flags_and_architectures(
+def test_what_was_built_ahead_serves_its_own_sources_flags_architectures_and_cuda(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead = tmp_path / "built"
     monkeypatch.setattr(kernel_build, "_AHEAD", ahead)
     find = kernel_build._built_ahead
-    assert find(recipe.source_key, "90") is None
+    assert find(recipe.source_key, "90", "13.0") is None
     library = build(recipe, ahead)
-    assert find(recipe.source_key, "90") == library
-    assert find(recipe.source_key, "100") == library
-    assert find(recipe.source_key, "80") is None
-    assert find("of other sources", "90") is None
+    assert find(recipe.source_key, "90", "13.0") == library
+    assert find(recipe.source_key, "100", "13.0") == library
+    assert find(recipe.source_key, "90", None) == library  # a machine without a compiler
+    assert find(recipe.source_key, "90", "13.1") is None
+    assert find(recipe.source_key, "80", "13.0") is None
+    assert find("of other sources", "90", "13.0") is None
     monkeypatch.setattr(kernel_build, "FLAGS", (*FLAGS, "-lineinfo"))
-    assert find(recipe.source_key, "90") is None
+    assert find(recipe.source_key, "90", "13.0") is None

@@ -7,43 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from medley.api import (
-    adapters,
-    batch_adapters,
-    batch_changes,
-    batches,
-    diffs,
-    errors,
-    health,
-    jobs,
-    reports,
-    results,
-    sweeps,
-    tenants,
-    usage,
-    webhooks,
-    workers,
-)
+from medley.api import adapters, batches, errors, health, jobs, reports, results, sweeps, tenants, workers
 from medley.api.limits import BodyLimit
 from medley.api.services import Services
 from medley.config import Settings
 
-ROUTERS = (
-    health,
-    tenants,
-    jobs,
-    batches,
-    batch_changes,
-    batch_adapters,
-    results,
-    adapters,
-    sweeps,
-    reports,
-    diffs,
-    usage,
-    webhooks,
-    workers,
-)
+ROUTERS = (health, tenants, jobs, batches, results, adapters, sweeps, reports, workers)
 
 
 def create_app(settings: Settings) -> FastAPI:

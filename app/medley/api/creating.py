@@ -36,7 +36,6 @@ class BatchOptions:
     name: str | None
     priority: int
     deadline_at: datetime | None
-    is_single: bool = False  # a job by itself, not a batch of one
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ def create_jobs(
     num_sent: how many jobs there are, where that is known before they are read.
     Raises InvalidRequest with the faults of every job, and KeyConflict; then nothing of the transaction may stand.
     """
-    batch = NewBatch(
-        uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at, is_single=options.is_single
-    )
+    batch = NewBatch(uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at)
     existing = create.claim(conn, tenant.id, batch.id)
     if existing is not None:
         ids = read_job_ids(conn, existing, MAX_LISTED_IDS + 1)
@@ -84,5 +81,5 @@ def create_jobs(
     reader.faults.raise_any()
     if reader.num_jobs != num_sent:
         close_batch(conn, batch.id, reader.num_jobs)
-    add_batch_demand(conn, batch, reader.lanes, reader.lane_names)
+    add_batch_demand(conn, batch, reader.lanes)
     return Created(batch.id, ids if reader.num_jobs <= MAX_LISTED_IDS else None, is_replay=False)

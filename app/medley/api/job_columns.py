@@ -70,7 +70,6 @@ class JobReader:
         self.faults = FaultList()
         self.num_jobs = 0
         self.lanes: Counter[UUID | None] = Counter()  # revision -> jobs
-        self.lane_names: dict[UUID | None, str | None] = {}  # revision -> the adapter, as it was first named
         self._limits = limits
         self._resolve = resolve
         self._locate = locate
@@ -164,15 +163,12 @@ class JobReader:
         default = self._resolved[self._adapter]
         refs = [default if body.adapter is UNSET else self._resolved[body.adapter] for body in bodies]
         revisions = [ref.revision for ref in refs]
-        adapters = [self._adapter if body.adapter is UNSET else body.adapter for body in bodies]
         self.lanes.update(revisions)
-        for name, revision in dict(zip(adapters, revisions, strict=True)).items():
-            self.lane_names.setdefault(revision, name)
         return JobColumns(
             prompts=[body.prompt for body in bodies],
             token_ids=[body.prompt_token_ids for body in bodies],
             revisions=revisions,
-            adapters=adapters,
+            adapters=[self._adapter if body.adapter is UNSET else body.adapter for body in bodies],
             samplings=[json for json, _, _ in samplings],
             max_tokens=[max_tokens for _, max_tokens, _ in samplings],
             seeds=[seed_of(body, self._seed) for body in bodies],

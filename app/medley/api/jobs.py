@@ -36,9 +36,7 @@ async def create(request: Request, who: Caller = Depends(caller)) -> Response:
     found = decode_fields(body, SingleJob)
     if found.value is None:
         raise InvalidRequest.of(found.faults)
-    options = BatchOptions(
-        name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at, is_single=True
-    )
+    options = BatchOptions(name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at)
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
     def act(conn: Connection) -> tuple[Created, Row[Any] | None]:
@@ -96,7 +94,7 @@ def _parse(job_id: str) -> UUID:
 
 
 async def _read(who: Caller, job: UUID, job_id: str) -> Row[Any]:
-    row = await who.services.sql.run(who.tenant.id, lambda conn: read_job(conn, job))
+    row = await who.services.job_reads.read(who.tenant.id, job)
     if row is None:
         raise NotFound("job", job_id)
     return row

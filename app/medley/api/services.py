@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medley.api.auth import Authenticator
+from medley.api.job_reads import JobReads
 from medley.api.sql import Sql
 from medley.api.waiters import WaiterHub
 from medley.config import Settings
@@ -14,12 +15,13 @@ from medley.store import Store
 
 
 class Services:
-    """Connections, the waiter hub, the ringer, the adapter store."""
+    """Connections, reads of jobs, the waiter hub, the ringer, the adapter store."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.sql = Sql(settings.database_url)
         self.auth = Authenticator(self.sql)
+        self.job_reads = JobReads(self.sql)
         self.hub = WaiterHub(self.sql, settings.redis_url)
         self.ringer = Ringer(settings.redis_url)
         self.store = Store.open(settings.store_url)

@@ -15,7 +15,6 @@ from fastapi import Response
 from sqlalchemy import Row
 
 from medley.db.batches import PRIORITIES
-from medley.db.rates import pace
 from medley.spec.errors import RETRYABLE
 from medley.spec.ids import BATCH, JOB, REVISION, SWEEP, public_id
 
@@ -56,21 +55,17 @@ class Job(msgspec.Struct, kw_only=True):
     finished_at: datetime | None
     seq: int | None
     retry_of: str | None
-    retried_by: str | None
     result: JobResult | None
     error: JobFailure | None
 
 
 class Counts(msgspec.Struct):
-    """Of the latest attempts; `retried` are the results that those supersede."""
-
     total: int
     queued_or_running: int
     succeeded: int
     failed: int
     cancelled: int
     expired: int
-    retried: int
 
 
 class SweepShape(msgspec.Struct):
@@ -92,8 +87,6 @@ class Batch(msgspec.Struct, kw_only=True):
     counts: Counts
     usage: Usage
     last_seq: int
-    rate: float | None  # jobs a second of late
-    eta_s: float | None  # seconds until all have ended, at that rate
     sweep: SweepShape | None
     job_ids: list[str] | msgspec.UnsetType = msgspec.UNSET
 
@@ -127,29 +120,6 @@ class Result(msgspec.Struct, kw_only=True):
     usage: Usage
     error: JobFailure | None
     finished_at: datetime | None
-    retry_of: str | None
-    retried_by: str | None
-
-
-class BatchAdapter(msgspec.Struct, kw_only=True):
-    """What a batch has for one adapter revision (None: the base)."""
-
-    adapter: str | None
-    revision: str | None
-    counts: AdapterCounts
-    usage: Usage
-    failures: dict[str, int]  # by code
-    rate: float | None
-    eta_s: float | None
-
-
-class AdapterCounts(msgspec.Struct):
-    total: int
-    queued_or_running: int
-    succeeded: int
-    failed: int
-    cancelled: int
-    expired: int
 
 
 class Adapter(msgspec.Struct, kw_only=True):
@@ -183,7 +153,6 @@ def job_of(row: Row[Any]) -> Job:
         finished_at=row.finished_at,
         seq=row.seq,
         retry_of=_optional_id(JOB, row.retry_of),
-        retried_by=_optional_id(JOB, row.retried_by),
         result=result,
         error=_failure(row),
     )
@@ -204,8 +173,6 @@ def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
         usage=Usage(row.prompt_tokens, row.completion_tokens),
         error=_failure(row),
         finished_at=row.finished_at,
-        retry_of=_optional_id(JOB, row.retry_of),
-        retried_by=_optional_id(JOB, row.retried_by),
     )
     if with_tokens:
         result.token_ids, result.logprobs = row.token_ids or [], row.logprobs or []
@@ -238,38 +205,17 @@ def sweep_of(row: Row[Any], columns: list[Column] | msgspec.UnsetType) -> Sweep:
 
 
 def _batch_fields(row: Row[Any]) -> dict[str, Any]:
-    state, going = _batch_state(row), pace(row)
+    num_ended = row.succeeded + row.failed + row.cancelled + row.expired
     return {
-        "state": state,
+        "state": _batch_state(row),
         "priority": PRIORITY_NAMES[row.priority],
         "deadline_at": row.deadline_at,
         "created_at": row.created_at,
         "finished_at": row.finished_at,
-        "counts": Counts(row.total, _num_left(row), row.succeeded, row.failed, row.cancelled, row.expired, row.retried),
+        "counts": Counts(row.total, row.total - num_ended, row.succeeded, row.failed, row.cancelled, row.expired),
         "usage": Usage(row.prompt_tokens, row.completion_tokens),
         "last_seq": row.last_seq,
-        "rate": going.rate,
-        "eta_s": None if state == "paused" else going.eta_s,
     }
-
-
-def _num_left(row: Row[Any]) -> int:
-    num: int = row.total - row.succeeded - row.failed - row.cancelled - row.expired
-    return num
-
-
-def batch_adapter_of(row: Row[Any]) -> BatchAdapter:
-    """From a row of `lanes.read_lanes`."""
-    going = pace(row)
-    return BatchAdapter(
-        adapter=row.name,
-        revision=_optional_id(REVISION, row.revision_id),
-        counts=AdapterCounts(row.total, _num_left(row), row.succeeded, row.failed, row.cancelled, row.expired),
-        usage=Usage(row.prompt_tokens, row.completion_tokens),
-        failures=row.failures or {},
-        rate=going.rate,
-        eta_s=going.eta_s,
-    )
 
 
 def _batch_state(row: Row[Any]) -> str:

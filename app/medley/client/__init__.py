@@ -17,40 +17,20 @@ from medley.client.errors import (
 )
 from medley.client.jobs import Job
 from medley.client.sweeps import Sweep
-from medley.client.types import (
-    Adapter,
-    BatchAdapter,
-    BatchStatus,
-    Completion,
-    Counts,
-    Delivery,
-    Failure,
-    JobStatus,
-    Result,
-    SweepDiff,
-    SweepReport,
-    UsageReport,
-    Webhook,
-)
-from medley.client.webhooks import Webhooks
-from medley.spec.webhooks import BadSignature
-from medley.spec.webhooks import verify as verify_webhook
+from medley.client.types import Adapter, BatchStatus, Completion, Counts, Failure, JobStatus, Result, SweepReport
 
 __all__ = [
     "APIError",
     "Adapter",
     "Adapters",
     "Authentication",
-    "BadSignature",
     "Batch",
-    "BatchAdapter",
     "BatchStatus",
     "Client",
     "Completion",
     "Conflict",
     "Connection",
     "Counts",
-    "Delivery",
     "Failure",
     "InvalidRequest",
     "Job",
@@ -60,12 +40,7 @@ __all__ = [
     "NotFound",
     "Result",
     "Sweep",
-    "SweepDiff",
     "SweepReport",
     "Timeout",
     "TooLarge",
-    "UsageReport",
-    "Webhook",
-    "Webhooks",
-    "verify_webhook",
 ]

@@ -27,8 +27,6 @@ _COLUMNS = (
     ("completion_tokens", "int32"),
     ("error_code", "string"),
     ("error_message", "string"),
-    ("retry_of", "string"),
-    ("retried_by", "string"),
 )
 
 

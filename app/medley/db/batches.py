@@ -14,7 +14,6 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.demand import add_demand, array_literal
-from medley.db.lanes import Lane, add_lanes
 from medley.spec.ids import uuid7s
 from medley.spec.sampling import SEED_LIMIT
 
@@ -48,15 +47,14 @@ class NewBatch:
     name: str | None = None
     priority: int = NORMAL
     deadline_at: datetime | None = None
-    is_single: bool = False  # a job by itself
 
 
 def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
     """Writes the batch row. `append_jobs` adds jobs, `close_batch` fixes the total; all in one transaction."""
     conn.execute(
         text(
-            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total, is_single)"
-            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total, :is_single)"
+            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total)"
+            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total)"
         ),
         {
             "id": batch.id,
@@ -66,7 +64,6 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
             "total": total,
-            "is_single": batch.is_single,
         },
     )
 
@@ -112,13 +109,8 @@ class JobColumns:
         return len(self.max_tokens)
 
 
-def append_jobs(
-    conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False, are_counted: bool = False
-) -> list[UUID]:
-    """Writes `jobs` (some thousands a call), and what they add to the batch's lanes and to the demand.
-
-    are_counted: the batch's lanes have counted them already. Returns their ids, in order.
-    """
+def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False) -> list[UUID]:
+    """Writes `jobs` (some thousands a call) and what they add to the demand. Returns their ids, in order."""
     columns = JobColumns(
         revisions=[j.revision for j in jobs],
         adapters=[j.adapter for j in jobs],
@@ -134,12 +126,8 @@ def append_jobs(
         est_prompt_tokens=[j.est_prompt_tokens for j in jobs],
     )
     ids = append_columns(conn, batch, columns, is_held=is_held)
-    num_jobs = Counter(j.revision for j in jobs)
-    if not are_counted:
-        names = {j.revision: j.adapter for j in jobs}
-        add_lanes(conn, batch.id, batch.tenant, [Lane(rev, names[rev], num) for rev, num in num_jobs.items()])
     if not is_held:
-        _add_demand(conn, batch, num_jobs)
+        add_batch_demand(conn, batch, Counter(j.revision for j in jobs))
     return ids
 
 
@@ -173,23 +161,8 @@ def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_he
     return ids
 
 
-def add_batch_demand(
-    conn: Connection,
-    batch: NewBatch,
-    num_jobs: Mapping[UUID | None, int],
-    names: Mapping[UUID | None, str | None] | None = None,
-) -> None:
-    """Adds jobs a revision (None: the base) to the batch's lanes and to the demand. Call it last: see `_add_demand`.
-
-    names: the adapters as they were named.
-    """
-    names = names or {}
-    add_lanes(conn, batch.id, batch.tenant, [Lane(rev, names.get(rev), num) for rev, num in num_jobs.items()])
-    _add_demand(conn, batch, num_jobs)
-
-
-def _add_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
-    """Rows of the demand stay locked until the commit, so this comes last."""
+def add_batch_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
+    """Adds jobs a revision (None: the base) to the demand. Rows of it stay locked until the commit, so last."""
     changes = [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in num_jobs.items()]
     add_demand(conn, batch.pool, changes)
 
@@ -286,7 +259,7 @@ _READ_JOB = _Select(
     " j.finished_at, j.is_held, j.is_cancel_requested, j.revision_id, i.custom_id, i.adapter, i.seed, i.retry_of,"
     " i.prompt_idx, i.column_idx,"
     " r.seq, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message,"
-    " r.prompt_tokens, r.completion_tokens, r.retried_by"
+    " r.prompt_tokens, r.completion_tokens"
     " FROM jobs j JOIN job_inputs i ON i.job_id = j.id LEFT JOIN job_results r ON r.job_id = j.id"
 )
 
@@ -302,21 +275,16 @@ def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
 
 _READ_RESULTS = text(
     "SELECT r.job_id AS id, r.batch_id, r.seq, r.state, r.text, r.token_ids, r.logprobs, r.finish_reason,"
-    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt, r.retried_by,"
+    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt,"
     " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, j.created_at, j.finished_at"
     " FROM job_results r JOIN job_inputs i ON i.job_id = r.job_id JOIN jobs j ON j.id = r.job_id"
-    " WHERE r.batch_id = :batch AND r.seq > :after AND (r.retried_by IS NULL OR NOT :latest)"
-    " ORDER BY r.seq LIMIT :limit"
+    " WHERE r.batch_id = :batch AND r.seq > :after ORDER BY r.seq LIMIT :limit"
 )
 
 
-def read_results(conn: Connection, batch: UUID, *, after: int, limit: int, latest: bool = False) -> Sequence[Row[Any]]:
-    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none.
-
-    latest: without those that a retry has superseded.
-    """
-    parameters = {"batch": batch, "after": after, "limit": limit, "latest": latest}
-    return conn.execute(_READ_RESULTS, parameters).all()
+def read_results(conn: Connection, batch: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
+    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none."""
+    return conn.execute(_READ_RESULTS, {"batch": batch, "after": after, "limit": limit}).all()
 
 
 def read_job_ids(conn: Connection, batch: UUID, limit: int) -> list[UUID]:

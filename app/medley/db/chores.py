@@ -16,7 +16,6 @@ class Due:
     expire: bool  # a queued job is past its deadline
     hasten: bool  # a queued job nears its deadline
     expand: bool  # a sweep is to be rung
-    deliver: bool  # a webhook's event is to be rung
 
 
 # statement_timestamp() holds still, so it can be looked up in an index: beside clock_timestamp() each look would read
@@ -30,9 +29,7 @@ _DUE = text(
     "  AND deadline_at <= statement_timestamp()) AS expire,"
     " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < 2"
     "  AND deadline_at <= statement_timestamp() + make_interval(secs => :near_s)) AS hasten,"
-    " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand,"
-    " EXISTS (SELECT FROM webhook_deliveries WHERE due_at <= statement_timestamp()"
-    "  AND (rung_at IS NULL OR rung_at < due_at)) AS deliver"
+    " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand"
 )
 
 

@@ -1,8 +1,8 @@
 """The end of a job: the transitions into succeeded, failed, cancelled and expired.
 
-The first terminal write wins and is final. Each writes the result row, its number in the batch (`seq`), the counts
-and usage of batch and lane, the tenant's usage, and the events that follow, in one transaction that holds the batch
-rows in id order: numbers are committed in order, and every count equals a recount.
+The first terminal write wins and is final. Each writes the result row, its number in the batch (`seq`), the
+batch's counts and usage in one transaction that holds the batch rows in id order, so numbers are committed in
+order and counts equal a recount.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches, lock_batches_of
 from medley.db.connections import allow_minutes
-from medley.db.rates import recent_set
-from medley.db.webhooks import NOTIFY_COUNTED
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import FinishReason, JobState
 
@@ -59,11 +57,8 @@ class End:
         return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_QUARANTINED, message=message))
 
 
-# `r` is what ended: (ord, job_id, tenant_id, batch_id, lane, revision_id, state, text, ...). The batches are locked, so
-# last_seq stands, and nobody else writes their lanes. Lanes are upserted, not joined: a plan made when few were there
-# would read all of them.
-_STORE = (
-    """
+# `r` is what ended: (ord, job_id, tenant_id, batch_id, state, text, ...). The batches are locked, so last_seq stands.
+_STORE = """
 numbered AS (
     SELECT r.*, b.last_seq + row_number() OVER (PARTITION BY r.batch_id ORDER BY r.ord) AS seq
     FROM r JOIN batches b ON b.id = r.batch_id
@@ -73,33 +68,6 @@ numbered AS (
     SELECT job_id, tenant_id, batch_id, seq, state, text, token_ids::int4[], logprobs::float4[], finish_reason,
         error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id
     FROM numbered
-), ended AS (
-    SELECT batch_id, lane, tenant_id, revision_id, count(*) AS num_ended, count(worker_id) AS num_run,
-        count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
-        count(*) FILTER (WHERE state = 'failed') AS failed,
-        count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-        count(*) FILTER (WHERE state = 'expired') AS expired,
-        sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
-    FROM numbered GROUP BY batch_id, lane, tenant_id, revision_id
-), lanes_counted AS (
-    INSERT INTO batch_lanes AS l (batch_id, lane, tenant_id, revision_id, succeeded, failed, cancelled, expired,
-        prompt_tokens, completion_tokens, recent_num)
-    SELECT batch_id, lane, tenant_id, revision_id, succeeded, failed, cancelled, expired, prompt_tokens,
-        completion_tokens, num_run
-    FROM ended
-    ON CONFLICT (batch_id, lane) DO UPDATE SET
-        succeeded = l.succeeded + excluded.succeeded, failed = l.failed + excluded.failed,
-        cancelled = l.cancelled + excluded.cancelled, expired = l.expired + excluded.expired,
-        prompt_tokens = l.prompt_tokens + excluded.prompt_tokens,
-        completion_tokens = l.completion_tokens + excluded.completion_tokens,
-        """
-    + recent_set("l", "excluded.recent_num")
-    + """
-), failures AS (
-    INSERT INTO batch_failures AS f (batch_id, lane, code, tenant_id, num_jobs)
-    SELECT batch_id, lane, coalesce(error_code, 'unknown'), tenant_id, count(*) FROM numbered WHERE state = 'failed'
-    GROUP BY batch_id, lane, coalesce(error_code, 'unknown'), tenant_id
-    ON CONFLICT (batch_id, lane, code) DO UPDATE SET num_jobs = f.num_jobs + excluded.num_jobs
 ), counted AS (
     UPDATE batches b SET
         succeeded = b.succeeded + c.succeeded, failed = b.failed + c.failed,
@@ -108,26 +76,20 @@ numbered AS (
         completion_tokens = b.completion_tokens + c.completion_tokens,
         last_seq = b.last_seq + c.num_ended,
         finished_at = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
-            THEN clock_timestamp() END,
-        """
-    + recent_set("b", "c.num_run")
-    + """
+            THEN clock_timestamp() END
     FROM (
-        SELECT batch_id, sum(num_ended)::int8 AS num_ended, sum(num_run)::int8 AS num_run,
-            sum(succeeded)::int8 AS succeeded, sum(failed)::int8 AS failed, sum(cancelled)::int8 AS cancelled,
-            sum(expired)::int8 AS expired, sum(prompt_tokens)::int8 AS prompt_tokens,
-            sum(completion_tokens)::int8 AS completion_tokens
-        FROM ended GROUP BY batch_id
+        SELECT batch_id, count(*) AS num_ended,
+            count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+            count(*) FILTER (WHERE state = 'failed') AS failed,
+            count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+            count(*) FILTER (WHERE state = 'expired') AS expired,
+            sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
+        FROM numbered GROUP BY batch_id
     ) c WHERE b.id = c.batch_id
-    RETURNING b.*, c.failed AS failed_now
-), notified AS ("""
-    + NOTIFY_COUNTED
-    + """
 ), dropped AS (
     DELETE FROM checkpoints c USING r WHERE c.job_id = r.job_id
 )
 """
-)
 
 # Results come and numbers go as one JSON document each, at a tenth of the cost of an array a column.
 # The fence: (job, attempt, worker) and a live lease. Here and wherever jobs are named by id, coalesce() hides worker
@@ -145,8 +107,7 @@ WITH given AS (
     WHERE j.id = g.id AND j.attempt = g.attempt
         AND coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
         SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
-    RETURNING g.ord, j.batch_id, j.tenant_id, j.lane, j.revision_id, j.pool, j.est_tokens,
-        (j.finished_at AT TIME ZONE 'UTC')::date AS day
+    RETURNING g.ord, j.batch_id, j.tenant_id, j.pool, j.est_tokens
 ), r AS (
     SELECT m.*, g.id AS job_id, g.state, g.text, g.token_ids, g.logprobs, g.finish_reason,
         g.error->>'code' AS error_code, g.error->>'message' AS error_message, coalesce(g.prompt_tokens, 0) AS
@@ -160,13 +121,6 @@ WITH given AS (
         SELECT pool, tenant_id, sum(prompt_tokens + 2 * completion_tokens - est_tokens) AS tokens FROM r GROUP BY 1, 2
     ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY u.pool, t.id
     ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service
-), used AS (
-    INSERT INTO usage AS u (tenant_id, day, lane, revision_id, num_jobs, prompt_tokens, completion_tokens)
-    SELECT tenant_id, day, lane, revision_id, count(*), sum(prompt_tokens), sum(completion_tokens) FROM r
-    GROUP BY tenant_id, day, lane, revision_id ORDER BY tenant_id, day, lane
-    ON CONFLICT (tenant_id, day, lane) DO UPDATE SET num_jobs = u.num_jobs + excluded.num_jobs,
-        prompt_tokens = u.prompt_tokens + excluded.prompt_tokens,
-        completion_tokens = u.completion_tokens + excluded.completion_tokens
 )
 SELECT coalesce(json_agg(json_build_array(ord, batch_id, seq) ORDER BY ord), '[]')::text FROM numbered
 """

@@ -1,4 +1,4 @@
-"""Cancel, pause, priority and deadline: what may be said of a batch or a job while it runs.
+"""Cancel and pause: flags of a batch or a job, which claims and flushes respect.
 
 Setting a flag ends or holds what is still queued in the same transaction, so a claim never meets a job of a
 cancelled or paused batch; what is leased is left to its worker, which reads `flagged` each second.
@@ -7,7 +7,6 @@ cancelled or paused batch; what is leased is left to its worker, which reads `fl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
 
@@ -80,56 +79,6 @@ def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) ->
     allow_minutes(conn)
     conn.exec_driver_sql(_HOLD, {"batch": batch, "held": held, "sign": -1 if held else 1})
     return True
-
-
-# Queued jobs that are not held move in the demand from their priority to the new one. Jobs that a near deadline has
-# raised are put in their place too, and raised again where it is still near.
-_CHANGE = """
-WITH was AS (
-    SELECT j.id, j.priority, j.state FROM jobs j
-    WHERE j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s) AND j.state IN ('queued', 'leased')
-        AND (j.priority, j.deadline_at) IS DISTINCT FROM (%(priority)s::int2, %(deadline_at)s::timestamptz)
-    FOR UPDATE
-), changed AS (
-    UPDATE jobs j SET priority = %(priority)s, deadline_at = %(deadline_at)s FROM was WHERE j.id = was.id
-    RETURNING j.pool, j.lane, was.priority AS was, was.state, j.tenant_id, j.revision_id, j.is_held
-), changes AS (
-    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n FROM changed
-    WHERE state = 'queued' AND NOT is_held AND was <> %(priority)s
-    UNION ALL SELECT pool, lane, %(priority)s::int2, tenant_id, revision_id, 1 FROM changed
-    WHERE state = 'queued' AND NOT is_held AND was <> %(priority)s
-)
-INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
-SELECT pool, lane, priority, tenant_id, revision_id, sum(n) FROM changes
-GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
-"""
-
-
-def change_batch(
-    conn: Connection, batch: UUID, *, priority: int | None = None, deadline: tuple[datetime | None] | None = None
-) -> None:
-    """Sets the priority and (where `deadline` holds one, or None for none) the deadline of a batch and its jobs.
-
-    What runs keeps running, under the new deadline. Of a finished batch they hold for what is retried or added.
-    """
-    lock_batches(conn, [batch])
-    row = conn.execute(
-        text(
-            "UPDATE batches SET priority = coalesce(CAST(:priority AS int2), priority),"
-            " deadline_at = CASE WHEN :has_deadline THEN CAST(:deadline_at AS timestamptz) ELSE deadline_at END"
-            " WHERE id = :id RETURNING priority, deadline_at, finished_at"
-        ),
-        {
-            "id": batch,
-            "priority": priority,
-            "has_deadline": deadline is not None,
-            "deadline_at": deadline[0] if deadline is not None else None,
-        },
-    ).one()
-    if row.finished_at is None:
-        allow_minutes(conn)
-        conn.exec_driver_sql(_CHANGE, {"batch": batch, "priority": row.priority, "deadline_at": row.deadline_at})
 
 
 class Flag(StrEnum):

@@ -12,7 +12,6 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Computed,
-    Date,
     Double,
     ForeignKey,
     Identity,
@@ -55,15 +54,6 @@ def _created() -> Column[object]:
 
 def _count(name: str, kind: type[Integer] = Integer) -> Column[object]:
     return Column(name, kind, nullable=False, server_default=text("0"))
-
-
-def _recent() -> tuple[Column[object], ...]:
-    """The ends by workers of late, from which a rate is read."""
-    return (
-        Column("recent_num", Double, nullable=False, server_default=text("0")),
-        Column("recent_at", AT),
-        Column("recent_since", AT),
-    )
 
 
 tenants = Table(
@@ -136,51 +126,8 @@ batches = Table(
     _count("prompt_tokens", BigInteger),
     _count("completion_tokens", BigInteger),
     _count("last_seq", BigInteger),
-    Column("is_single", Boolean, nullable=False, server_default=text("false")),
-    _count("retried"),
-    *_recent(),
     CheckConstraint("succeeded + failed + cancelled + expired <= total"),
     Index("batches_tenant_id_id", "tenant_id", "id"),
-)
-
-batch_lanes = Table(
-    "batch_lanes",
-    metadata,
-    Column("batch_id", UUID, primary_key=True),
-    Column("lane", UUID, primary_key=True),
-    _tenant(references=False),
-    Column("revision_id", UUID),
-    Column("adapter", Text),
-    _count("total"),
-    _count("succeeded"),
-    _count("failed"),
-    _count("cancelled"),
-    _count("expired"),
-    _count("prompt_tokens", BigInteger),
-    _count("completion_tokens", BigInteger),
-    *_recent(),
-)
-
-batch_failures = Table(
-    "batch_failures",
-    metadata,
-    Column("batch_id", UUID, primary_key=True),
-    Column("lane", UUID, primary_key=True),
-    Column("code", Text, primary_key=True),
-    _tenant(references=False),
-    Column("num_jobs", Integer, nullable=False),
-)
-
-usage = Table(
-    "usage",
-    metadata,
-    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
-    Column("day", Date, primary_key=True),
-    Column("lane", UUID, primary_key=True),
-    Column("revision_id", UUID),
-    Column("num_jobs", BigInteger, nullable=False),
-    Column("prompt_tokens", BigInteger, nullable=False),
-    Column("completion_tokens", BigInteger, nullable=False),
 )
 
 sweeps = Table(
@@ -199,21 +146,8 @@ sweeps = Table(
     _count("next_num_expanded"),
     Column("expand_due_at", AT),
     _created(),
-    _count("next_part_idx"),
-    Column("past_definitions", ARRAY(LargeBinary), nullable=False, server_default=text("'{}'")),
     UniqueConstraint("tenant_id", "name"),
     Index("sweeps_expand_due_at", "expand_due_at", postgresql_where=text("expand_due_at IS NOT NULL")),
-)
-
-sweep_parts = Table(
-    "sweep_parts",
-    metadata,
-    Column("sweep_id", UUID, ForeignKey("sweeps.id"), primary_key=True),
-    Column("part_idx", Integer, primary_key=True),
-    _tenant(references=False),
-    Column("num_prompts", Integer, nullable=False),
-    Column("num_columns", Integer, nullable=False),
-    Column("num_seeds", Integer, nullable=False),
 )
 
 sweep_prompts = Table(
@@ -309,9 +243,7 @@ job_results = Table(
     _count("completion_tokens"),
     _count("attempt"),
     Column("worker_id", UUID),
-    Column("retried_by", UUID),
     Index("job_results_batch_id_seq", "batch_id", "seq", unique=True),
-    Index("job_results_unsuccessful", "batch_id", "seq", postgresql_where=text("state <> 'succeeded'")),
 )
 
 checkpoints = Table(
@@ -397,47 +329,4 @@ leaders = Table(
     Column("holder", UUID, nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("until", AT, nullable=False),
-)
-
-webhooks = Table(
-    "webhooks",
-    metadata,
-    _id(),
-    _tenant(),
-    Column("url", Text, nullable=False),
-    Column("events", ARRAY(Text), nullable=False),
-    Column("description", Text),
-    Column("batch_id", UUID),
-    Column("failed_jobs", Integer),
-    Column("secret", LargeBinary, nullable=False),
-    Column("previous_secret", LargeBinary),
-    Column("previous_until", AT),
-    _created(),
-    Column("disabled_at", AT),
-    Column("disabled_reason", Text),
-    Index("webhooks_tenant_id", "tenant_id", postgresql_where=text("batch_id IS NULL")),
-    Index("webhooks_batch_id", "batch_id", postgresql_where=text("batch_id IS NOT NULL")),
-)
-
-webhook_deliveries = Table(
-    "webhook_deliveries",
-    metadata,
-    Column("id", UUID, primary_key=True, server_default=text("gen_random_uuid()")),
-    _tenant(references=False),
-    Column("webhook_id", UUID, nullable=False),
-    Column("event", Text, nullable=False),
-    Column("payload", Text, nullable=False),
-    Column("state", Text, nullable=False, server_default=text("'pending'")),
-    _count("attempt"),
-    Column("due_at", AT, server_default=NOW),
-    Column("rung_at", AT),
-    Column("leased_until", AT),
-    Column("status", Integer),
-    Column("error", Text),
-    _created(),
-    Column("ended_at", AT),
-    Index("webhook_deliveries_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
-    Index("webhook_deliveries_waiting", "webhook_id", "due_at", postgresql_where=text("due_at IS NOT NULL")),
-    Index("webhook_deliveries_webhook_id", "webhook_id", "created_at"),
-    Index("webhook_deliveries_created_at", "created_at"),
 )

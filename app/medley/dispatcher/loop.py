@@ -21,14 +21,14 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import chores, counters, demand, flags, leaders, queue, sweeps, webhooks, workers
+from medley.db import chores, counters, demand, flags, leaders, queue, sweeps, workers
 from medley.db.connections import make_engine, transaction
 from medley.db.workers import WorkerState
 from medley.dispatcher import policy
 from medley.dispatcher.policy import Phase, Plan, Rules
 from medley.dispatcher.sightings import Sightings
 from medley.health import beat
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
 RUN_JOBS_TASK = "medley.run_jobs"
@@ -196,8 +196,6 @@ class Dispatcher:
             self._chore("hasten", lambda: self._write(lambda conn: flags.hasten(conn, DEADLINE_NEAR_S)))
         if due.expand:
             self._chore("expand", self._ring_expansions)
-        if due.deliver:
-            self._chore("deliver", self._ring_deliveries)
         if self._clock() >= self._maintain_due_at:
             self._ringer.send_task(MAINTAIN_TASK)
             self._maintain_due_at = self._clock() + MAINTAIN_EVERY_S
@@ -234,10 +232,6 @@ class Dispatcher:
     def _ring_expansions(self) -> None:
         for sweep in self._write(sweeps.due_expansions):
             self._ringer.send_task(EXPAND_TASK, sweep.hex)
-
-    def _ring_deliveries(self) -> None:
-        for delivery in self._write(webhooks.due_rings):
-            self._ringer.send_task(DELIVER_TASK, delivery.hex)
 
     def _dispatch(self) -> float:
         """One plan and its claims."""

@@ -11,7 +11,6 @@ import time
 from uuid import UUID
 
 JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
-WEBHOOK, MESSAGE = "wh", "msg"
 
 _TAIL = (1 << 62) - 1  # the random bits of an id
 

@@ -20,10 +20,8 @@ from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
 from medley.health import beat
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.store import Store
-from medley.tasks import deliver
-from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
 
@@ -36,7 +34,7 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
     store = Store.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + deliver.NUM_THREADS + 1)
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -45,28 +43,22 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
-    deliverer = Deliverer(engine, allow_loopback=settings.webhook_loopback, should_stop=_is_stopping)
     threading.excepthook = _end_on_crash
-    threading.Thread(target=_look, args=(expander, deliverer, settings), name="look", daemon=True).start()
+    threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, deliverer, engine, store)
+    _add_tasks(app, expander, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
-    deliverer.close()
     ringer.close()
     engine.dispose()
     if worker.exitcode:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: Engine, store: Store) -> None:
+def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
-
-    @app.task(name=DELIVER_TASK, shared=False)  # type: ignore[untyped-decorator]
-    def send_event(delivery: str) -> None:
-        deliverer.begin(UUID(hex=delivery))
 
     @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
     def forget_the_old() -> None:
@@ -78,11 +70,10 @@ def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: En
             log.warning("maintain.failed", error=str(error))
 
 
-def _look(expander: Expander, deliverer: Deliverer, settings: Settings) -> None:
+def _look(expander: Expander, settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
-            deliverer.look()
             expander.look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)

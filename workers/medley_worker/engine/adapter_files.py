@@ -53,6 +53,7 @@ class AdapterSource:
     path: Path
     header: AdapterHeader
     num_tiles: dict[str, int]  # group -> tiles; groups not adapted are absent
+    site_masks: dict[str, int]  # group -> bit s: its site s is adapted in some layer
 
     @property
     def tiles_needed(self) -> int:
@@ -66,12 +67,14 @@ def read_source(path: Path, model: BaseModel, layout: Layout) -> AdapterSource:
     except (AdapterRefused, OSError) as error:
         raise AdapterUnavailable(f"{error}") from error
     num_tiles: dict[str, int] = {}
+    site_masks: dict[str, int] = {}
     for group in layout.groups:
         names = SITES[group.first_site : group.first_site + group.num_sites]
-        ranks = [target.rank for target in header.targets if target.site in names]
-        if ranks:
-            num_tiles[group.name] = -(-max(ranks) // TILE_RANKS)
-    return AdapterSource(path, header, num_tiles)
+        adapted = [target for target in header.targets if target.site in names]
+        if adapted:
+            num_tiles[group.name] = -(-max(target.rank for target in adapted) // TILE_RANKS)
+            site_masks[group.name] = sum(1 << names.index(site) for site in {target.site for target in adapted})
+    return AdapterSource(path, header, num_tiles, site_masks)
 
 
 def pack_adapter(source: AdapterSource, layout: Layout, tiles: Sequence[Tensor], scales: Tensor) -> None:

@@ -218,7 +218,7 @@ class AdapterCache:
         self._arriving[key] = fence
         taken = iter(tiles)
         by_group = {group: tuple(itertools.islice(taken, count)) for group, count in source.num_tiles.items()}
-        self._resident[key] = AdapterTiles(next(self._load_ids), by_group, scales)
+        self._resident[key] = AdapterTiles(next(self._load_ids), by_group, scales, source.site_masks)
         self.loads += 1
         self.load_s += time.perf_counter() - started
 

@@ -25,6 +25,7 @@ from pathlib import Path
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 ARCHITECTURES = ("80", "90")  # ahead of time; newer GPUs run the PTX of the last
 LIBRARY = "libmedley.so"
+NO_NVCC = "nvcc: not on the PATH, in CUDA_HOME or in /usr/local/cuda; wanted to build csrc"
 _PACKAGE = Path(__file__).parent
 _SOURCE_FOLDERS = (_PACKAGE.parents[2] / "csrc", _PACKAGE / "csrc")
 _AHEAD = _PACKAGE / "built"
@@ -63,11 +64,14 @@ def library(architecture: str) -> Path:
     Raises BuildFailed.
     """
     sources, headers = _sources()
-    ahead = _built_ahead(Recipe(sources, headers, (), "", "").source_key, architecture)
+    nvcc = _nvcc()
+    version = None if nvcc is None else _cuda_version(nvcc)
+    ahead = _built_ahead(Recipe(sources, headers, (), "", "").source_key, architecture, version)
     if ahead is not None:
         return ahead
-    nvcc = _find_nvcc()
-    recipe = Recipe(sources, headers, (architecture,), nvcc, _cuda_version(nvcc))
+    if nvcc is None or version is None:
+        raise BuildFailed(NO_NVCC)
+    recipe = Recipe(sources, headers, (architecture,), nvcc, version)
     return build(recipe, cache_folder() / recipe.key)
 
 
@@ -108,11 +112,13 @@ def _manifest(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _built_ahead(source_key: str, architecture: str) -> Path | None:
+def _built_ahead(source_key: str, architecture: str, cuda_version: str | None) -> Path | None:
+    """cuda_version: of the nvcc here; None where there is none, and what was built elsewhere must do."""
     with suppress(FileNotFoundError):
         manifest = json.loads((_AHEAD / "manifest.json").read_text())
         is_fit = any(int(known) <= int(architecture) for known in manifest["architectures"])
         is_same = (manifest["sources"], manifest["flags"]) == (source_key, list(FLAGS))
+        is_same = is_same and cuda_version in (None, manifest["cuda"])
         if is_same and is_fit and (_AHEAD / LIBRARY).is_file():
             return _AHEAD / LIBRARY
     return None
@@ -148,12 +154,9 @@ def _escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _find_nvcc() -> str:
+def _nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if found is None:
-        raise BuildFailed("nvcc: not on the PATH, in CUDA_HOME or in /usr/local/cuda; wanted to build csrc")
-    return found
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def _find_ninja() -> str:
@@ -182,7 +185,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_AHEAD, help="folder of the library")
     arguments = parser.parse_args()
     sources, headers = _sources()
-    nvcc = _find_nvcc()
+    nvcc = _nvcc()
+    if nvcc is None:
+        raise BuildFailed(NO_NVCC)
     recipe = Recipe(sources, headers, tuple(sorted(arguments.arch, key=int)), nvcc, _cuda_version(nvcc))
     (arguments.out / LIBRARY).unlink(missing_ok=True)
     sys.stdout.write(f"{build(recipe, arguments.out)}\n")

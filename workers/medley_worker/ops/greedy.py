@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from medley_worker.ops.kernels import kernels
+from medley_worker.ops.operators import register
 
 
 def greedy(
@@ -17,6 +18,12 @@ def greedy(
     log-softmax; is_bad [R] uint8, 1 where the row's log-sum-exp is no finite number; last_token [any] int64. rows:
     [R] int64. Tensors of one CUDA device; on the current stream; may be captured. Raises KernelError.
     """
+    torch.ops.medley.greedy(logits, token_ids, logprobs, is_bad, rows, last_token)
+
+
+def _greedy(
+    logits: Tensor, token_ids: Tensor, logprobs: Tensor, is_bad: Tensor, rows: Tensor, last_token: Tensor
+) -> None:
     device = logits.device
     num_rows, vocab_size = logits.shape
     if num_rows == 0:
@@ -32,3 +39,10 @@ def greedy(
         last_token.data_ptr(),
         torch.cuda.current_stream(device).cuda_stream,
     )
+
+
+register(
+    "greedy(Tensor logits, Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) is_bad, Tensor rows,"
+    " Tensor(d!) last_token)",
+    _greedy,
+)

@@ -103,6 +103,7 @@ class AdapterTiles:
     load_id: int
     tiles: Mapping[str, tuple[int, ...]]  # group -> its tiles, in the order of ranks; groups not adapted are absent
     scales: Tensor  # [L, sites] float32, 0 where not adapted
+    site_masks: Mapping[str, int]  # group -> bit s: its site s is adapted in some layer
 
 
 class LoraStack:

@@ -7,17 +7,20 @@ so a captured graph serves any later step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from ctypes import c_int32
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medley_worker.ops.kernels import DTYPES, ITEM, MAX_SITES, MAX_TILES, MODES, Call, Group, kernels
+from medley_worker.ops.kernels import DTYPES, HEADER, ITEM, MAX_SITES, MAX_TILES, MODES, Call, Group, kernels
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, GroupShape
+from medley_worker.ops.operators import register
 from medley_worker.ops.sgmv_layout import BLOCK, FragmentLayout, fragment_layout
 
 __all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply"]
@@ -28,7 +31,7 @@ DECODE_ROWS, PREFILL_ROWS = BLOCK_ROWS = (8, 32)
 PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
-HEADER_BYTES = 16  # before a group's items
+HEADER_BYTES = HEADER * 4
 PAIRS_IN_STAGE, TILES_IN_STAGE = 4, 2  # at the most
 NUM_STAGES = 3  # work lists on their way to the device: the host is at most two steps ahead
 
@@ -48,7 +51,7 @@ class SgmvLora:
     """The work lists of one engine over one pool of tiles.
 
     pool: [num_tiles (+ any), tile_elements] on a CUDA device, bfloat16 or float16. max_tokens: of one step.
-    max_adapters: distinct ones in one step. mode: "bulk", "fused", "planes" (csrc/medley.h), or None for the
+    max_adapters: distinct ones in one step. mode: "bulk", "joined", "fused", "planes" (csrc/medley.h), or None for the
     fastest that the device has.
     """
 
@@ -66,6 +69,8 @@ class SgmvLora:
         if pool.dim() != 2 or pool.shape[1] != layout.tile_elements:
             raise ValueError(f"pool: got shape {tuple(pool.shape)}, wanted [tiles, {layout.tile_elements}]")
         self.layout, self.device, self.dtype = layout, pool.device, pool.dtype
+        self.handle = next(_handles)  # by which the torch operator knows it
+        _known[self.handle] = self
         self._pool = pool
         index = pool.device.index if pool.device.index is not None else torch.cuda.current_device()
         self._kernels = kernels(index)
@@ -100,6 +105,7 @@ class SgmvLora:
         self._sent = [torch.cuda.Event() for _ in range(NUM_STAGES)]  # type: ignore[no-untyped-call]
         self._num_sent = 0
         self._workspace = self._new_workspace()
+        self._flags = {(name, rows): self._new_flags(rows) for name in self._groups for rows in BLOCK_ROWS}
         self._records: dict[int, dict[str, Items]] = {}
         self._calls: dict[tuple[str, int, int], Call] = {}
 
@@ -179,6 +185,8 @@ class SgmvLora:
             pdl=self._pdl,
             workspace=self._workspace.data_ptr(),
             workspace_bytes=self._workspace.numel(),
+            flags=self._flags[group, block_rows].data_ptr(),
+            flags_bytes=self._flags[group, block_rows].numel(),
         )
 
     def _new_workspace(self) -> Tensor:
@@ -188,6 +196,10 @@ class SgmvLora:
             for rows in BLOCK_ROWS
         )
         return torch.empty(wanted, dtype=torch.uint8, device=self.device)
+
+    def _new_flags(self, block_rows: int) -> Tensor:
+        wanted = self._kernels.flags_bytes(self._capacity[block_rows], self._mode)
+        return torch.zeros(wanted, dtype=torch.uint8, device=self.device)
 
     def _record(self, adapter: AdapterTiles) -> dict[str, Items]:
         """An adapter's items with all filled in but its rows, by group; groups not adapted are absent."""
@@ -201,7 +213,7 @@ class SgmvLora:
                 raise ValueError(f"adapter: got {len(tiles)} tiles in {group.name}, wanted at most {MAX_TILES}")
             record = np.zeros(1, ITEM)
             record["num_tiles"] = len(tiles)
-            record["site_mask"] = (1 << group.num_sites) - 1
+            record["site_mask"] = adapter.site_masks[group.name]
             record["scales"] = adapter.scales.data_ptr()
             record["tiles"][0, : len(tiles)] = self._pool.data_ptr() + np.array(tiles) * tile_bytes
             records[group.name] = record
@@ -230,8 +242,8 @@ class SgmvLora:
             )
         return items
 
-    def _header(self, group: GroupShape, items: Items, block_rows: int) -> tuple[int, int, int, int]:
-        """The four numbers before a group's items, as csrc/medley.h has them. None of them changes bits."""
+    def _header(self, group: GroupShape, items: Items, block_rows: int) -> tuple[int, ...]:
+        """The numbers before a group's items, as csrc/medley.h has them. None of them changes bits."""
         room, column_blocks = self._room[group.name, block_rows]
         # Few items fill the device too if the columns of each are divided.
         most = -(-sum(-(-n // BLOCK) for n in group.out_features) // column_blocks)
@@ -239,13 +251,13 @@ class SgmvLora:
         tiles = int(items["num_tiles"].max(initial=1))
         pairs = tiles * group.num_sites
         pairs_in_stage = -(-pairs // -(-pairs // PAIRS_IN_STAGE))
-        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE)
+        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE), pairs
 
-    def _send(self, group: str, items: Items, header: tuple[int, int, int, int], stage: Tensor) -> None:
+    def _send(self, group: str, items: Items, header: tuple[int, ...], stage: Tensor) -> None:
         start = self._offsets[group]
         end = start + HEADER_BYTES + items.nbytes
         host = stage.numpy()
-        host[start : start + HEADER_BYTES].view(np.int32)[:] = header
+        host[start : start + HEADER_BYTES].view(np.int32)[: len(header)] = header
         host[start + HEADER_BYTES : end] = items.view(np.uint8).reshape(-1)
         self._device_lists[start:end].copy_(stage[start:end], non_blocking=True)
 
@@ -258,7 +270,16 @@ def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, batch: SgmvBatch) -
     without an adapter are not touched. On the current stream; may be captured. Raises ValueError or KernelError naming
     the argument that is wrong.
     """
-    batch.lora.apply(y, x, group, layer, batch.block_rows)
+    torch.ops.medley.sgmv(y, x, group, layer, batch.lora.handle, batch.block_rows)
+
+
+def _sgmv(y: Tensor, x: Tensor, group: str, layer: int, lora: int, block_rows: int) -> None:
+    _known[lora].apply(y, x, group, layer, block_rows)
+
+
+_handles = itertools.count()
+_known: WeakValueDictionary[int, SgmvLora] = WeakValueDictionary()
+register("sgmv(Tensor(a!) y, Tensor x, str group, int layer, int lora, int block_rows)", _sgmv)
 
 
 def _group(layout: FragmentLayout, group: GroupShape) -> Group:
