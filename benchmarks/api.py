@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import statistics
 import sys
@@ -32,6 +33,7 @@ from benchmarks import record
 from benchmarks.service import ASSETS, bare_insert
 from medley.client import Client
 from medley.db.connections import make_engine, tenant_transaction, transaction
+from medley.local.child import Child, Command
 from medley.local.stack import LocalStack
 from medley.spec.ids import uuid7
 
@@ -124,8 +126,8 @@ WHERE r.batch_id = %(batch)s AND r.seq > %(after)s ORDER BY r.seq LIMIT %(limit)
 def bare_select(stack: LocalStack, batch: UUID) -> float:
     """Results/s of one connection as `medley_api`."""
     engine = make_engine(stack.database_url("medley_api"), name="floor", pool_size=1)
-    owner = make_engine(stack.database_url("medley_work"), name="floor", pool_size=1)
-    with transaction(owner) as conn:
+    work = make_engine(stack.database_url("medley_work"), name="floor", pool_size=1)
+    with transaction(work) as conn:
         find = text("SELECT tenant_id FROM batches WHERE id = :id")
         tenant = conn.execute(find, {"id": batch}).scalar_one()
     started, num_rows, after = time.perf_counter(), 0, 0
@@ -137,7 +139,7 @@ def bare_select(stack: LocalStack, batch: UUID) -> float:
         num_rows, after = num_rows + len(rows), rows[-1].seq
     rate = num_rows / (time.perf_counter() - started)
     engine.dispose()
-    owner.dispose()
+    work.dispose()
     return rate
 
 
@@ -269,10 +271,6 @@ class _Worker:
     """A worker beside a stack that has none."""
 
     def __init__(self, stack: LocalStack, data: Path) -> None:
-        import os
-
-        from medley.local.child import Child, Command
-
         env = os.environ | NULL_ENGINE
         env |= {
             "MEDLEY_DATABASE_URL": stack.database_url("medley_work"),

@@ -1,4 +1,7 @@
-"""Tests that need a CUDA device. Here, and nowhere else, is decided that they are skipped: where there is none."""
+"""What tests that need a CUDA device share.
+
+Here, and nowhere else, is decided that they are skipped: where there is none.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sgmv_cases import Adapters, adapters_in
+
+
+@pytest.fixture(scope="module", params=["bulk", "joined"])
+def mixed(request: pytest.FixtureRequest) -> Adapters:
+    """Of the mode that serves on sm_90, and of the one that may take its place."""
+    return adapters_in(request.param)
 
 
 @pytest.fixture

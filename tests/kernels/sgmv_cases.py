@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ GROUPS = ("qkv", "o", "gate_up", "down")
 # Half the distance of 1 to the next number: what rounding the exact result may cost at the most.
 ROUNDING_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 MAX_SHOWN = 8
+# Around every multiple of 8, 16, 32 and 64 that a kernel may be cut at.
+MIXED_RANKS = (1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 120, 127, 128)
 
 Ranks = int | Mapping[str, int]  # of all sites, or site by site (a site that is left out is not adapted)
 Span = tuple[int | None, int]  # of one sequence: its adapter (None: the base) and its new tokens
@@ -53,6 +56,9 @@ def base_model(
         bos_token_id=1,
         weight_files=(),
     )
+
+
+SMALL = base_model(256, 688, 4, 2, 64)
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,18 @@ class Adapters:
         for i, start in enumerate(range(0, len(a), TILE_RANKS)):
             ranks = slice(start, start + TILE_RANKS)
             self.layout.write(host[dealt[shape.name][i]], shape, in_group, layer, a[ranks], b[:, ranks])
+
+
+def adapters_in(mode: str) -> Adapters:
+    """bf16 adapters of ranks 1 to 128, and room for thousands of tokens."""
+    if mode != "planes" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip(f"{mode} needs a GPU of compute capability 9.0")
+    return Adapters(SMALL, MIXED_RANKS, torch.bfloat16, max_tokens=8192, mode=mode)
+
+
+def decode(adapters: Sequence[int | None]) -> list[Span]:
+    """One new token each."""
+    return [(adapter, 1) for adapter in adapters]
 
 
 def segments(spans: Sequence[Span]) -> dict[int, list[int]]:

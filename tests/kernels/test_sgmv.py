@@ -1,25 +1,32 @@
-"""SGMV against the same formula in float64: error, strides, streams, graphs, equal bits, refusals."""
+"""SGMV against the same formula in float64: error, strides, streams, graphs, equal bits."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from benchmarks.gpu.workloads import POPULARITIES, adapter_rows
-from sgmv_cases import GROUPS, Adapters, Ranks, Span, assert_bits, base_model, base_rows, span_rows
+from sgmv_cases import (
+    GROUPS,
+    MIXED_RANKS,
+    SMALL,
+    Adapters,
+    Ranks,
+    Span,
+    adapters_in,
+    assert_bits,
+    base_model,
+    base_rows,
+    decode,
+    span_rows,
+)
 
-from medley_worker.ops.kernels import KernelError
-from medley_worker.ops.sgmv import BLOCK_ROWS, SgmvBatch, SgmvLora
+from medley_worker.ops.sgmv import BLOCK_ROWS, SgmvBatch
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-# Around every multiple of 8, 16, 32 and 64 that a kernel may be cut at.
-MIXED_RANKS = (1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 100, 120, 127, 128)
-SMALL = base_model(256, 688, 4, 2, 64)
 # hidden, inner, heads, KV heads, head size: none of the widths fills a power-of-two tile.
 ODD = {
     "88-264": base_model(88, 264, 11, 1, 24),
@@ -30,24 +37,6 @@ ODD = {
 DELAY_CYCLES = 20_000_000  # about 10 ms: enough for the host to run ahead
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-
-
-def decode(adapters: Sequence[int | None]) -> list[Span]:
-    """One new token each."""
-    return [(adapter, 1) for adapter in adapters]
-
-
-def adapters_in(mode: str) -> Adapters:
-    """bf16 adapters of ranks 1 to 128, and room for thousands of tokens."""
-    if mode != "planes" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip(f"{mode} needs a GPU of compute capability 9.0")
-    return Adapters(SMALL, MIXED_RANKS, torch.bfloat16, max_tokens=8192, mode=mode)
-
-
-@pytest.fixture(scope="module", params=["bulk", "joined"])
-def mixed(request: pytest.FixtureRequest) -> Adapters:
-    """In the modes that serve."""
-    return adapters_in(request.param)
 
 
 @dtypes
@@ -353,62 +342,3 @@ def test_bits_do_not_depend_on_where_tiles_lie() -> None:
     for group in GROUPS:
         y, x = alone.inputs(group, len(spans))
         assert_bits(among.run(spans, y, x, group, 1), alone.run(spans, y, x, group, 1), group)
-
-
-# Refusals: the message names the argument, what it got and what it wanted.
-
-Arguments = dict[str, Any]
-WRONG: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
-    "x of another dtype": ("x", lambda a: a | {"x": a["x"].half()}),
-    "y of another dtype": ("y", lambda a: a | {"y": a["y"].float()}),
-    "x too narrow": ("x", lambda a: a | {"x": a["x"][:, :-8]}),
-    "x too wide": ("x", lambda a: a | {"x": torch.cat((a["x"], a["x"]), 1)}),
-    "y too narrow": ("y", lambda a: a | {"y": a["y"][:, :-8]}),
-    "y of one dimension": ("y", lambda a: a | {"y": a["y"][0]}),
-    "x with fewer rows than y": ("x", lambda a: a | {"x": a["x"][:-1]}),
-    "x on the host": ("x", lambda a: a | {"x": a["x"].cpu()}),
-    "y on the host": ("y", lambda a: a | {"y": a["y"].cpu()}),
-    "x by columns": ("x", lambda a: a | {"x": a["x"].t().contiguous().t()}),
-    "y by columns": ("y", lambda a: a | {"y": a["y"].t().contiguous().t()}),
-    "an unknown group": ("group", lambda a: a | {"group": "attention"}),
-    "a layer past the last": ("layer", lambda a: a | {"layer": 2}),
-    "a negative layer": ("layer", lambda a: a | {"layer": -1}),
-}
-
-
-@pytest.mark.parametrize("what", list(WRONG))
-def test_wrong_arguments_are_refused_by_name(mixed: Adapters, what: str) -> None:
-    name, change = WRONG[what]
-    spans = decode([0, 5, 9, None])
-    y, x = mixed.inputs("qkv", len(spans))
-    batch = mixed.batch(spans)
-    right: Arguments = {"y": y, "x": x, "group": "qkv", "layer": 0}
-    with pytest.raises((ValueError, KernelError), match=rf"\b{name}\b.*got .*wanted "):
-        mixed.apply(batch=batch, **change(right))
-    # And what is right goes on.
-    mixed.apply(batch=batch, **right)
-    torch.cuda.synchronize()
-
-
-def test_more_tokens_than_there_is_room_for_are_refused() -> None:
-    adapters = Adapters(SMALL, [8, 8], torch.bfloat16, max_tokens=16)
-    adapters.check([(0, 9), (1, 7)])
-    with pytest.raises(ValueError, match=r"num_tokens.*got 17.*wanted .*16"):
-        adapters.batch([(0, 9), (1, 8)])
-
-
-def test_more_adapters_than_there_is_room_for_are_refused() -> None:
-    adapters = Adapters(SMALL, [8] * 5, torch.bfloat16, max_adapters=4)
-    adapters.check(decode([0, 1, 2, 3, 3]))
-    with pytest.raises(ValueError, match=r"adapters.*got 5.*wanted .*4"):
-        adapters.batch(decode([0, 1, 2, 3, 4]))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [lambda p: p.float(), lambda p: p.cpu(), lambda p: p[:, :-8], lambda p: p[0]],
-    ids=["dtype", "device", "width", "dimensions"],
-)
-def test_a_wrong_pool_is_refused(mixed: Adapters, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"\bpool\b.*got .*wanted "):
-        SgmvLora(mixed.layout, change(mixed.pool), 16, 4)
