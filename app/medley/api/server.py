@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from medley.api.app import create_app
 from medley.config import Settings
+from medley.garbage import collect_rarely
 
 GRACE_S = 8  # for requests that run when the process is asked to stop
 BACKLOG = 2048
@@ -49,4 +50,6 @@ def make_server(settings: Settings) -> uvicorn.Server:
 def serve(settings: Settings) -> None:
     """Serves until it is asked to stop, on `settings.listen_fd` where a supervisor hands one down."""
     fd = settings.listen_fd
-    make_server(settings).run(None if fd is None else [socket.socket(fileno=fd)])
+    server = make_server(settings)
+    collect_rarely()
+    server.run(None if fd is None else [socket.socket(fileno=fd)])

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 import torch
 
+from medley.garbage import collect_rarely
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import Checkpoint
 from medley.spec.wire import (
@@ -53,7 +54,6 @@ from medley_worker.engine.outbox import Outbox
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
-from medley_worker.garbage import collect_rarely
 
 STATS_INTERVAL_S = 1.0
 _RECEIVE_BYTES = 1 << 20

@@ -23,11 +23,11 @@ from medley import logs
 from medley.config import ConfigError, Settings
 from medley.db import workers
 from medley.db.workers import Room, WorkerState
+from medley.garbage import collect_rarely
 from medley.rings import Ringer
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
 from medley.store import Store, StoreError
-from medley_worker.garbage import collect_rarely
 from medley_worker.shell.controller import Controller, EngineUseless
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
