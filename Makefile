@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu demo bench bench-gpu compose clean
+.PHONY: help setup check test test-gpu demo bench bench-gpu bench-simulate compose clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ GPU_PYTHON := PYTHONPATH=app:workers:.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(PYTHO
 PART ?= lora
 
 help: ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make the virtual environment from the lock: exact versions, once.
 
@@ -59,6 +59,9 @@ bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
 
 bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters ARGS=--again
 	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)
+
+bench-simulate: $(STAMP) ## Run the policy's traces; writes benchmarks/results/simulate-*.json and, with the extra plot, pictures
+	$(BIN)/python -m benchmarks.simulate
 
 compose: $(STAMP) ## Write compose.yaml anew from the table of processes.
 	$(BIN)/python -m medley.local.compose > compose.yaml

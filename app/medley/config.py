@@ -10,24 +10,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from medley.connection_urls import (
+    SSL_MODES,
+    encryption_weakness,
+    is_default,
+    password_weakness,
+    with_password,
+    with_query,
+)
+
 MIB = 1 << 20
 # Where `medley up` keeps everything unless told otherwise.
 DEFAULT_DATA_DIR = Path(".medley")
-# The keys whose values hold passwords: errors never show them.
+# The keys whose values hold passwords: errors never show them, and each may come as KEY_FILE, the path of a file.
 SECRET_KEYS = frozenset(
     {
         "MEDLEY_DATABASE_URL",
+        "MEDLEY_DATABASE_PASSWORD",
         "MEDLEY_REDIS_URL",
+        "MEDLEY_REDIS_PASSWORD",
         "MEDLEY_STORE_URL",
+        "MEDLEY_STORE_ACCESS_KEY",
+        "MEDLEY_STORE_SECRET_KEY",
         "MEDLEY_API_PASSWORD",
         "MEDLEY_WORK_PASSWORD",
     }
 )
+# How a remote store is reached: for the processes that reach it, and not for their children.
+STORE_KEYS = ("STORE_ENDPOINT", "STORE_REGION", "STORE_ACCESS_KEY", "STORE_SECRET_KEY")
 LOG_FORMATS = frozenset({"line", "bare", "json"})
 
 T = TypeVar("T")
@@ -53,6 +68,29 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """What one tenant may have at a time, unless `medley tenants limit` says otherwise of it."""
+
+    queued_jobs: int = 10_000_000  # that have not ended
+    queued_bytes: int = 16 * 1024 * MIB  # of prompts, in batches that have not finished
+    adapters: int = 10_000
+    storage_bytes: int = 1024 * 1024 * MIB  # of adapters' files, every revision's
+    requests_per_s: float = 500.0  # on the average of ten seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreAccess:
+    """Where an S3-compatible store answers and who asks. None is left to the client: AWS's own address, and the
+    machine's own role.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     """How a GPU worker builds its engine; None lets the engine size the value from the device."""
 
@@ -70,6 +108,8 @@ class WorkerSettings:
     adapter_host_bytes: int | None = None
     max_tpot_ms: float | None = None  # None: the most tokens a second
     batch_invariant: bool = False
+    store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
+    store_cache_bytes: int = 20 << 30
     starts_asleep: bool = True  # asleep until the dispatcher wakes it: the model is not loaded
 
 
@@ -84,10 +124,12 @@ class Settings:
     pool: str = "default"
     host: str = "127.0.0.1"
     port: int = 8700
+    trusted_proxies: str | None = None  # addresses, with commas, whose X-Forwarded-For says who calls
     listen_fd: int | None = None  # an already listening socket that a supervisor hands down
     lease_s: float = 10.0
     tick_s: float = 1.0
     limits: Limits = Limits()
+    quotas: Quotas = Quotas()
     worker: WorkerSettings = WorkerSettings()
     health_file: Path | None = None  # touched on each turn of the process's loop
     log_format: str = "line"
@@ -99,17 +141,19 @@ class Settings:
         read = _Reader(os.environ if environ is None else environ)
         defaults = cls(database_url="", redis_url="", store_url="", model=None)
         return cls(
-            database_url=read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"}),
-            redis_url=read.url("MEDLEY_REDIS_URL", {"redis", "rediss", "unix"}),
-            store_url=read.url("MEDLEY_STORE_URL", {"file"}),
+            database_url=_database_url(read),
+            redis_url=_redis_url(read),
+            store_url=read.url("MEDLEY_STORE_URL", {"file", "s3"}),
             model=read.text("MEDLEY_MODEL"),
             pool=read.text("MEDLEY_POOL") or defaults.pool,
             host=read.text("MEDLEY_HOST") or defaults.host,
             port=read.whole("MEDLEY_PORT", defaults.port, low=0, high=65535),
+            trusted_proxies=read.text("MEDLEY_TRUSTED_PROXIES"),
             listen_fd=read.optional_whole("MEDLEY_LISTEN_FD", low=0),
             lease_s=read.seconds("MEDLEY_LEASE_S", defaults.lease_s),
             tick_s=read.seconds("MEDLEY_TICK_S", defaults.tick_s),
             limits=_limits(read),
+            quotas=_quotas(read),
             worker=_worker(read),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
             log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
@@ -118,11 +162,47 @@ class Settings:
 
 
 def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
-    """MEDLEY_DATABASE_URL alone, for commands that need only a database; None where it is not set."""
+    """MEDLEY_DATABASE_URL and what belongs to it, for commands that need only a database; None where it is not set."""
     read = _Reader(os.environ if environ is None else environ)
-    if read.text("MEDLEY_DATABASE_URL") is None:
+    if read.secret("MEDLEY_DATABASE_URL") is None:
         return None
-    return read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"})
+    return _database_url(read)
+
+
+def role_passwords_from_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The passwords that the first migration gives to its roles, by key; those that are set."""
+    read = _Reader(os.environ if environ is None else environ)
+    found = {key: read.secret(key) for key in ("MEDLEY_API_PASSWORD", "MEDLEY_WORK_PASSWORD")}
+    for key, password in found.items():
+        if password is not None and is_default(password) and not read.allows_weak_secrets:
+            raise ConfigError(key, password, _NO_DEFAULT)
+    return {key: password for key, password in found.items() if password is not None}
+
+
+def store_access_from_env(environ: Mapping[str, str] | None = None) -> StoreAccess:
+    """How an S3-compatible store is reached. Keys may stand in files: MEDLEY_STORE_SECRET_KEY_FILE and so on.
+
+    Raises ConfigError, also for one key without the other.
+    """
+    read = _Reader(os.environ if environ is None else environ)
+    access_key, secret_key = read.secret("MEDLEY_STORE_ACCESS_KEY"), read.secret("MEDLEY_STORE_SECRET_KEY")
+    if (access_key is None) != (secret_key is None):
+        missing = "MEDLEY_STORE_ACCESS_KEY" if access_key is None else "MEDLEY_STORE_SECRET_KEY"
+        raise ConfigError(missing, None, "both keys of the store, or neither")
+    endpoint = None
+    if read.text("MEDLEY_STORE_ENDPOINT") is not None:
+        endpoint = read.url("MEDLEY_STORE_ENDPOINT", {"http", "https"})
+    return StoreAccess(
+        endpoint=endpoint, region=read.text("MEDLEY_STORE_REGION"), access_key=access_key, secret_key=secret_key
+    )
+
+
+def store_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
+    """MEDLEY_STORE_URL alone, for commands that need no more of the service; None where it is not set."""
+    read = _Reader(os.environ if environ is None else environ)
+    if read.text("MEDLEY_STORE_URL") is None:
+        return None
+    return read.url("MEDLEY_STORE_URL", {"file"})
 
 
 def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
@@ -137,8 +217,11 @@ def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     Keys about the engine, limits and timing pass through, so that `MEDLEY_LEASE_S=3 medley up` works.
     """
     env = dict(os.environ if environ is None else environ)
-    for key in ("DATABASE_URL", "REDIS_URL", "STORE_URL", "LISTEN_FD", "HOST", "PORT", "HEALTH_FILE"):
-        env.pop(f"MEDLEY_{key}", None)
+    own = {f"MEDLEY_{key}" for key in ("LISTEN_FD", "HOST", "PORT", "HEALTH_FILE")} | SECRET_KEYS
+    own |= {f"MEDLEY_{key}" for key in STORE_KEYS}
+    own |= {key for key in env if key.startswith(("MEDLEY_DATABASE_", "MEDLEY_REDIS_"))}
+    for key in own | {f"{key}_FILE" for key in SECRET_KEYS}:
+        env.pop(key, None)
     return env
 
 
@@ -154,6 +237,56 @@ def runtime_root() -> Path:
     return Path("/tmp")
 
 
+_NO_DEFAULT = "a password that is neither empty nor a default one (or MEDLEY_ALLOW_WEAK_SECRETS=true)"
+
+
+def _database_url(read: _Reader) -> str:
+    url = read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"})
+    url = _add_password(read, url, "MEDLEY_DATABASE")
+    fields = {
+        "sslmode": read.optional_choice("MEDLEY_DATABASE_SSLMODE", SSL_MODES),
+        "sslrootcert": read.text("MEDLEY_DATABASE_SSLROOTCERT"),  # "system": the machine's own authorities
+        "sslcert": read.text("MEDLEY_DATABASE_SSLCERT"),
+        "sslkey": read.text("MEDLEY_DATABASE_SSLKEY"),
+    }
+    return _judged(read, with_query(url, fields), "MEDLEY_DATABASE_URL")
+
+
+def _redis_url(read: _Reader) -> str:
+    url = read.url("MEDLEY_REDIS_URL", {"redis", "rediss", "unix"})
+    url = _add_password(read, url, "MEDLEY_REDIS")
+    fields = {
+        "ssl_ca_certs": read.text("MEDLEY_REDIS_CA"),
+        "ssl_certfile": read.text("MEDLEY_REDIS_CERT"),
+        "ssl_keyfile": read.text("MEDLEY_REDIS_KEY"),
+    }
+    if urlsplit(url).scheme == "rediss":
+        # Said outright, as libraries differ in what they take for granted.
+        if "ssl_cert_reqs" not in urlsplit(url).query:
+            fields["ssl_cert_reqs"] = "required"
+    elif any(fields.values()):
+        raise ConfigError("MEDLEY_REDIS_URL", url, "rediss://, since a certificate is given")
+    return _judged(read, with_query(url, fields), "MEDLEY_REDIS_URL")
+
+
+def _add_password(read: _Reader, url: str, prefix: str) -> str:
+    password = read.secret(f"{prefix}_PASSWORD")
+    try:
+        return with_password(url, password)
+    except ValueError:
+        raise ConfigError(f"{prefix}_PASSWORD", password, f"nothing, since {prefix}_URL holds a password") from None
+
+
+def _judged(read: _Reader, url: str, key: str) -> str:
+    """Refuses what would leave the deployment open. The URLs of `medley up` name private sockets, so they pass."""
+    if password_weakness(url) is not None and not read.allows_weak_secrets:
+        raise ConfigError(key, url, _NO_DEFAULT)
+    wanted = encryption_weakness(url, read.plaintext_hosts)
+    if wanted is not None:
+        raise ConfigError(key, url, wanted)
+    return url
+
+
 def _limits(read: _Reader) -> Limits:
     default = Limits()
     return Limits(
@@ -161,6 +294,17 @@ def _limits(read: _Reader) -> Limits:
         max_prompt_bytes=read.whole("MEDLEY_MAX_PROMPT_BYTES", default.max_prompt_bytes, low=1),
         max_jobs_per_request=read.whole("MEDLEY_MAX_JOBS_PER_REQUEST", default.max_jobs_per_request, low=1),
         max_adapter_bytes=read.whole("MEDLEY_MAX_ADAPTER_BYTES", default.max_adapter_bytes, low=1),
+    )
+
+
+def _quotas(read: _Reader) -> Quotas:
+    default = Quotas()
+    return Quotas(
+        queued_jobs=read.whole("MEDLEY_QUOTA_QUEUED_JOBS", default.queued_jobs, low=0),
+        queued_bytes=read.whole("MEDLEY_QUOTA_QUEUED_BYTES", default.queued_bytes, low=0),
+        adapters=read.whole("MEDLEY_QUOTA_ADAPTERS", default.adapters, low=0),
+        storage_bytes=read.whole("MEDLEY_QUOTA_STORAGE_BYTES", default.storage_bytes, low=0),
+        requests_per_s=read.per_second("MEDLEY_QUOTA_REQUESTS_PER_S", default.requests_per_s),
     )
 
 
@@ -182,6 +326,8 @@ def _worker(read: _Reader) -> WorkerSettings:
         adapter_host_bytes=read.optional_whole("MEDLEY_ADAPTER_HOST_BYTES", low=0),
         max_tpot_ms=read.optional_milliseconds("MEDLEY_MAX_TPOT_MS"),
         batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
+        store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
+        store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
     )
 
@@ -199,8 +345,34 @@ class _Reader:
     def text(self, key: str) -> str | None:
         return self._environ.get(key) or None
 
+    def secret(self, key: str) -> str | None:
+        """The value of `key`, or what stands in the file that `key`_FILE names (less the line's end)."""
+        value, path = self.text(key), self.text(f"{key}_FILE")
+        if path is None:
+            return value
+        if value is not None:
+            raise ConfigError(f"{key}_FILE", path, f"one of {key} and {key}_FILE")
+        try:
+            content = Path(path).read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{key}_FILE", path, f"a text file that can be read ({type(error).__name__})") from None
+        if not content:
+            raise ConfigError(f"{key}_FILE", path, "a file that is not empty")
+        return content
+
+    @property
+    def allows_weak_secrets(self) -> bool:
+        return self.flag("MEDLEY_ALLOW_WEAK_SECRETS", False)
+
+    @property
+    def plaintext_hosts(self) -> frozenset[str]:
+        """Hosts that may be spoken to without encryption."""
+        return frozenset(
+            host.strip() for host in (self.text("MEDLEY_PLAINTEXT_HOSTS") or "").split(",") if host.strip()
+        )
+
     def url(self, key: str, schemes: set[str]) -> str:
-        value = self.text(key)
+        value = self.secret(key)
         wanted = "a URL that begins with " + " or ".join(f"{s}://" for s in sorted(schemes))
         if value is None or urlsplit(value).scheme not in schemes:
             raise ConfigError(key, value, wanted)
@@ -211,6 +383,9 @@ class _Reader:
         if value not in allowed:
             raise ConfigError(key, value, "one of " + ", ".join(sorted(allowed)))
         return value
+
+    def optional_choice(self, key: str, allowed: AbstractSet[str]) -> str | None:
+        return None if self.text(key) is None else self.choice(key, "", allowed)
 
     def whole(self, key: str, default: int, *, low: int, high: int | None = None) -> int:
         value = self.optional_whole(key, low=low, high=high)
@@ -228,6 +403,10 @@ class _Reader:
 
     def seconds(self, key: str, default: float) -> float:
         value = self._above_zero(key, "seconds", 3600)
+        return default if value is None else value
+
+    def per_second(self, key: str, default: float) -> float:
+        value = self._above_zero(key, "a number", 1_000_000)
         return default if value is None else value
 
     def optional_milliseconds(self, key: str) -> float | None:

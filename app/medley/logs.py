@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import MutableMapping
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -43,7 +45,7 @@ def configure(process: str, settings: Settings | None = None, *, format: str = "
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         drop_private,
         structlog.processors.StackInfoRenderer(),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(_Traces(process).render),
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -65,6 +67,7 @@ def configure(process: str, settings: Settings | None = None, *, format: str = "
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
     logging.captureWarnings(True)
+    sys.excepthook = _log_crash
 
 
 def drop_private(_logger: Any, _method: str, event: Event) -> Event:
@@ -73,6 +76,40 @@ def drop_private(_logger: Any, _method: str, event: Event) -> Event:
         value = event[key]
         event[key] = f"<{len(value)} dropped>" if hasattr(value, "__len__") else "<dropped>"
     return event
+
+
+# What PostgreSQL refuses it quotes, whole row and all. In the API any message may quote what a tenant sent.
+_QUOTING_PACKAGES = ("sqlalchemy", "psycopg")
+_QUOTING_PROCESSES = frozenset({"api"})
+
+
+class _Traces:
+    """Tracebacks as text: where and of what type an exception is always, its message where that quotes no data."""
+
+    def __init__(self, process: str) -> None:
+        self._keeps_messages = process not in _QUOTING_PROCESSES
+
+    def render(self, exc_info: tuple[type[BaseException], BaseException, TracebackType | None]) -> str:
+        parts: list[str] = []
+        error: BaseException | None = exc_info[1]
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            kind = type(error)
+            quotes = not self._keeps_messages or kind.__module__.split(".")[0] in _QUOTING_PACKAGES
+            message = "<message dropped>" if quotes else str(error)
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            parts.append(f"Traceback (most recent call last):\n{frames}{kind.__qualname__}: {message}")
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        return "\n\nwhich followed from:\n\n".join(parts)
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """Python's own would print the message, whatever it quotes."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, _trace)
+        return
+    structlog.get_logger().critical("process.crashed", exc_info=error)
 
 
 def _name_foreign(_logger: Any, _method: str, event: Event) -> Event:

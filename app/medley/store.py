@@ -1,38 +1,26 @@
-"""The adapter store: immutable revisions in a folder, each found by the SHA-256 of its two files.
+"""The adapter store: immutable revisions, each found by the SHA-256 of its two files.
 
-Owns the folder's layout and the safety of writes: a revision is there whole or not at all, whoever writes at the
-same time and whenever a process dies. Judges nothing (`medley.spec.intake` does) and knows no tenants and no names.
+Owns which objects a revision is and when it is there: its weights are put last and deleted first, so whoever finds
+them finds it whole. Judges nothing (`medley.spec.intake` does), and knows no tenants and no names.
 
-    <root>/sha256/<first 2 digits>/<digest>/adapter_config.json, adapter_model.safetensors
-    <root>/tmp/<uuid>/                       a put that has not finished, or never will; never read
+    sha256/<first 2 digits>/<digest>/adapter_config.json, adapter_model.safetensors
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import io
 import os
-import re
-import shutil
 import stat
-import time
-import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
 
+from medley.objects import FolderObjects, ObjectCorrupt, ObjectMissing, Objects, StoreError
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
-from medley.spec.revisions import CHUNK_BYTES, RevisionHash, is_digest
+from medley.spec.peft_config import MAX_CONFIG_BYTES
+from medley.spec.revisions import CHUNK_BYTES, RevisionHash, is_digest, revision_digest
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-
-
-class StoreError(Exception):
-    """The tree: StoreError > UnsupportedStore (a URL), UnknownRevision (a digest), UnreadableUpload (a file)."""
-
-
-class UnsupportedStore(StoreError):
-    pass
+PREFIX = "sha256"
 
 
 class UnknownRevision(StoreError):
@@ -44,95 +32,125 @@ class UnreadableUpload(StoreError):
 
 
 class Store:
-    """A content-addressed store in a folder. Safe to use from many threads and processes at once."""
+    """A content-addressed store of adapters. Safe to use from many threads and processes at once.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Apart from what is said below, methods raise StoreUnavailable, and OSError for a disk's own troubles.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
 
     @classmethod
     def open(cls, url: str) -> Store:
-        """The store at `file:///path` or at a plain path. Raises UnsupportedStore for any other URL."""
-        return cls(_folder_of(url))
+        """The store at `file:///path`, at a plain path or at `s3://bucket/prefix`. Raises UnsupportedStore."""
+        return cls(Objects.open(url))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether revisions are folders of this machine, which `path` gives; else they are to be fetched first."""
+        return isinstance(self.objects, FolderObjects)
 
     def put(self, config_bytes: bytes, weights_path: Path) -> str:
         """Store a revision and return its digest; one that is there already is left as it is.
 
-        On return both files are on the disk, not only in its cache. Raises UnreadableUpload where `weights_path`
-        is no plain file (a link is none) or changes while it is read, and OSError for the disk's own troubles.
+        On return both files are where a loss of power leaves them. Raises UnreadableUpload where `weights_path` is no
+        plain file (a link is none) or changes while it is read.
         """
-        temporary = self.root / "tmp" / uuid.uuid4().hex
-        temporary.mkdir(parents=True)
-        try:
-            with _open_plain(weights_path) as source:
-                digest = _write_revision(config_bytes, source, temporary)
-            self._publish(temporary, digest)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone when it was published
+        with _open_plain(weights_path) as source:
+            found_at = _age(source)
+            digest = revision_digest(config_bytes, source)
+            if self.has(digest):
+                return digest
+            config_key, weights_key = _keys(digest)
+            self.objects.put(config_key, io.BytesIO(config_bytes))
+            source.seek(0)
+            self.objects.put(weights_key, source)
+            if _age(source) != found_at:
+                self.delete(digest)
+                raise UnreadableUpload("the uploaded weights changed while they were stored")
         return digest
 
-    def path(self, digest: str) -> Path:
-        """The folder that holds a revision's two files. Raises UnknownRevision where there is none."""
-        if not is_digest(digest):
-            raise UnknownRevision(f"{digest[:80]!r} is not a revision's digest: 64 lower-case hexadecimal digits")
-        folder = self._folder(digest)
-        try:
-            is_folder = stat.S_ISDIR(folder.lstat().st_mode)
-        except FileNotFoundError:
-            is_folder = False
-        if not is_folder:
-            raise UnknownRevision(f"revision {digest} is not in the store {self.root}; upload the adapter again")
-        return folder
-
     def has(self, digest: str) -> bool:
+        if not is_digest(digest):
+            return False
         try:
-            self.path(digest)
-        except UnknownRevision:
+            self.objects.size(_keys(digest)[1])
+        except ObjectMissing:
             return False
         return True
 
-    def forget_unfinished(self, *, older_than_s: float) -> int:
-        """Delete what puts of processes that died left in `tmp` longer ago than this. Returns how many there were.
+    def path(self, digest: str) -> Path:
+        """The folder that holds a revision's two files, in a store that is local. Raises UnknownRevision."""
+        assert isinstance(self.objects, FolderObjects), "a remote revision is fetched, it has no path"
+        if not is_digest(digest):
+            raise UnknownRevision(f"{digest[:80]!r} is not a revision's digest: 64 lower-case hexadecimal digits")
+        if not self.has(digest):
+            raise _unknown(digest)
+        return self.objects.path(_keys(digest)[1]).parent
 
-        Raises OSError for the disk's own troubles.
+    def fetch(self, digest: str, folder: Path) -> int:
+        """Writes a revision's two files into `folder`, which is there and empty, and checks them against the digest.
+
+        Returns their bytes. They are not synced. Raises UnknownRevision, ObjectCorrupt.
         """
-        temporary = self.root / "tmp"
-        before_s = time.time() - older_than_s
-        num_forgotten = 0
-        for folder in temporary.iterdir() if temporary.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):  # a put that ended, or another process that forgets too
-                if folder.stat().st_mtime < before_s:
-                    shutil.rmtree(folder)
-                    num_forgotten += 1
-        return num_forgotten
-
-    def _folder(self, digest: str) -> Path:
-        return self.root / "sha256" / digest[:2] / digest
-
-    def _publish(self, temporary: Path, digest: str) -> None:
-        final = self._folder(digest)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        if not is_digest(digest):
+            raise UnknownRevision(f"{digest[:80]!r} is not a revision's digest: 64 lower-case hexadecimal digits")
+        config_key, weights_key = _keys(digest)
         try:
-            temporary.rename(final)  # atomic, and refused where a whole revision stands already
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        for folder in (final.parent, final.parent.parent, self.root):
-            _sync_folder(folder)
+            with self.objects.open_read(config_key) as config:
+                config_bytes = config.read(MAX_CONFIG_BYTES + 1)
+            (folder / CONFIG_NAME).write_bytes(config_bytes)
+            weights_bytes = self.objects.size(weights_key)
+            found = RevisionHash(config_bytes, weights_bytes)
+            with self.objects.open_read(weights_key) as source, (folder / WEIGHTS_NAME).open("xb") as target:
+                while chunk := source.read(CHUNK_BYTES):
+                    found.update(chunk)
+                    target.write(chunk)
+        except ObjectMissing:
+            raise _unknown(digest) from None
+        if not found.matches(digest):
+            raise ObjectCorrupt(f"revision {digest} is damaged in the store; upload the adapter again")
+        return len(config_bytes) + weights_bytes
+
+    def size(self, digest: str) -> int:
+        """Bytes of both files. Raises UnknownRevision."""
+        try:
+            return sum(self.objects.size(key) for key in _keys(digest))
+        except ObjectMissing:
+            raise _unknown(digest) from None
+
+    def delete(self, digest: str) -> None:
+        """Deletes a revision's files; nothing where there are none."""
+        config_key, weights_key = _keys(digest)
+        self.objects.delete(weights_key)
+        self.objects.delete(config_key)
+
+    def digests(self) -> Iterator[str]:
+        """Every revision that is there."""
+        for key in self.objects.keys(f"{PREFIX}/"):
+            *_, digest, name = key.split("/")
+            if name == WEIGHTS_NAME and is_digest(digest):
+                yield digest
+
+    def forget_unfinished(self, *, older_than_s: float) -> int:
+        """Deletes what puts of processes that died left longer ago than this. Returns how many there were."""
+        return self.objects.forget_unfinished(older_than_s=older_than_s)
 
 
-def _folder_of(url: str) -> Path:
-    if _SCHEME.match(url) is None:
-        if not url:
-            raise UnsupportedStore("the adapter store's URL is empty; give a folder or file:///folder")
-        return Path(url).absolute()
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        raise UnsupportedStore(
-            f"the adapter store's scheme {parts.scheme!r} is not supported; give a folder or file://"
-        )
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path.startswith("/"):
-        raise UnsupportedStore("the adapter store's file URL must have the form file:///folder")
-    return Path(unquote(parts.path))
+def _keys(digest: str) -> tuple[str, str]:
+    """The objects of its configuration and its weights."""
+    folder = f"{PREFIX}/{digest[:2]}/{digest}"
+    return f"{folder}/{CONFIG_NAME}", f"{folder}/{WEIGHTS_NAME}"
+
+
+def _unknown(digest: str) -> UnknownRevision:
+    return UnknownRevision(f"revision {digest} is not in the store; upload the adapter again")
+
+
+def _age(file: BinaryIO) -> tuple[int, int]:
+    """What changes when the file does."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _open_plain(path: Path) -> BinaryIO:
@@ -145,34 +163,3 @@ def _open_plain(path: Path) -> BinaryIO:
         os.close(number)
         raise UnreadableUpload(f"the uploaded weights {path.name} are not a plain file")
     return os.fdopen(number, "rb")
-
-
-def _write_revision(config_bytes: bytes, source: BinaryIO, folder: Path) -> str:
-    """Write both files into `folder`, synced, hashing what is written. Returns the digest."""
-    with (folder / CONFIG_NAME).open("xb") as target:
-        target.write(config_bytes)
-        _sync(target)
-    digest = RevisionHash(config_bytes, os.fstat(source.fileno()).st_size)
-    with (folder / WEIGHTS_NAME).open("xb") as target:
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            target.write(chunk)
-        _sync(target)
-    _sync_folder(folder)
-    try:
-        return digest.hexdigest()
-    except ValueError as error:
-        raise UnreadableUpload(f"the uploaded weights changed while they were stored: {error}") from error
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -112,6 +112,19 @@ def test_adapters_are_added_listed_shown_and_deleted(run: Medley, tmp_path: Path
     assert (done.returncode, done.stderr) == (1, "error: there is no adapter 'other' (404 not_found)\n")
 
 
+def test_an_adapter_is_shared_and_unshared(api: Api, run: Medley, client: Client, tenant: str) -> None:
+    friend = Medley(api.url, api.key(f"friend-of-{tenant}"))
+    added = client.adapters.add("mine", ADAPTERS / "add")
+    assert run.lines("adapters", "share", "mine", f"friend-of-{tenant}") == [f"mine is shared with friend-of-{tenant}"]
+    assert run.lines("adapters", "grants", "mine") == ["tenant\trevision", f"friend-of-{tenant}\t*"]
+    header, row = friend.lines("adapters", "list", "--shared")
+    assert (header.split("\t")[0], row.split("\t")[0]) == ("name", f"{tenant}/mine")
+    assert friend.lines("adapters", "show", f"{tenant}/mine")[2] == f"revision: {added.revision}"
+    run.lines("adapters", "unshare", "mine", f"friend-of-{tenant}")
+    assert friend("adapters", "show", f"{tenant}/mine").returncode == 1
+    assert run("adapters", "share", "mine", "nobody").returncode == 1
+
+
 def test_a_sweep_is_followed_to_its_report_and_resumed(api: Api, client: Client, run: Medley, tmp_path: Path) -> None:
     name = next(ADAPTERS.iterdir()).name
     client.adapters.add(name, ADAPTERS / name)

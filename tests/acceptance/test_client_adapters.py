@@ -103,3 +103,23 @@ def test_a_long_list_is_read_page_by_page(
     for i in range(5):
         api.ledger.add_revision(api.tenant_id(tenant), f"a{i}")
     assert [a.name for a in client.adapters.list()] == [f"a{i}" for i in range(5)]
+
+
+def test_an_adapter_is_shared_used_listed_and_unshared(api: Api, client: Client, tenant: str) -> None:
+    added = client.adapters.add("mine", ADAPTERS / NAMES[0])
+    with Client(api.url, api.key(f"friend-of-{tenant}")) as friend:
+        grant = client.adapters.share("mine", f"friend-of-{tenant}")
+        assert client.adapters.share("mine", f"friend-of-{tenant}") == grant
+        assert list(client.adapters.grants("mine")) == [grant]
+        assert [a.full_name for a in friend.adapters.list_shared()] == [f"{tenant}/mine"]
+        assert friend.adapters.get(f"{tenant}/mine").revision == added.revision
+        assert friend.submit("x", adapter=f"{tenant}/mine").status.revision == added.revision
+        client.adapters.unshare("mine", f"friend-of-{tenant}")
+        with pytest.raises(medley.NotFound):
+            friend.adapters.get(f"{tenant}/mine")
+        with pytest.raises(medley.InvalidRequest, match="adapter"):
+            friend.submit("x", adapter=f"{tenant}/mine")
+    with pytest.raises(medley.NotFound):
+        client.adapters.unshare("mine", f"friend-of-{tenant}")
+    with pytest.raises(medley.InvalidRequest, match="another tenant"):
+        client.adapters.share("mine", "nobody")

@@ -11,9 +11,9 @@ from api_server import Api
 from working import Working
 
 import medley
-from medley.client import Batch, Client
+from medley.client import Batch, Client, Score
 from medley.spec.errors import ErrorCode, JobError
-from medley.spec.jobs import JobState
+from medley.spec.jobs import Details, FinishReason, JobState
 
 WAIT_S = 20.0
 
@@ -185,3 +185,27 @@ def test_the_handles_say_what_they_are(client: Client) -> None:
     assert repr(job) == f"<Job {job.id} queued>"
     assert repr(batch) == f"<Batch {batch.id} running 0/1>"
     assert isinstance(client.find(batch.id), Batch)
+
+
+def test_scores_and_alternatives_come_back_as_types(api: Api, client: Client) -> None:
+    details = Details(
+        top_token_ids=(7, 8, 7, 9),
+        top_logprobs=(-0.5, -1.0, -0.25, -2.0),
+        prompt_token_ids=(1, 2, 3),
+        prompt_logprobs=(-1.0, -2.0),
+        is_greedy=True,
+    )
+    job = client.submit("hello", continuation=" world", top_logprobs=2, prompt_logprobs=0)
+    ids = client.submit([1, 2], continuation=[3])
+    batch = client.submit_many(["a", {"prompt": "b", "n": 1}], n=2, choice=["x", "y"], temperature=1.0)
+    with Working(api, text="x", details=details, finish_reason=FinishReason.SCORED):
+        completion = job.result(timeout=WAIT_S)
+        assert ids.result(timeout=WAIT_S).score is not None
+        results = list(batch.results(timeout=WAIT_S, include_tokens=True))
+    assert completion.score == Score(logprob=pytest.approx(-0.2), is_greedy=True)
+    assert completion.usage.completion_tokens == 0
+    assert completion.top_token_ids == ((7, 8), (7, 9))
+    assert completion.prompt_logprobs == (None, -1.0, -2.0)
+    assert completion.prompt_top_token_ids is None
+    assert sorted(r.sample_idx for r in results if r.sample_idx is not None) == [0, 0, 1]
+    assert {r.top_token_ids for r in results} == {((7, 8), (7, 9))}

@@ -10,6 +10,7 @@ import tiny
 import torch
 from cuda_stand_ins import cuda_forward
 from test_judge import PAGE_BYTES_F32
+from test_scores import random_request
 
 from medley_worker import Completion, Engine, Request, SamplingParams
 from medley_worker.engine import assembly
@@ -40,7 +41,9 @@ def mixed_requests(names: list[str]) -> list[Request]:
     return requests
 
 
-def run(model_dir: Path, adapters: dict[str, Path], requests: list[Request]) -> tuple[list[Completion], int]:
+def run(
+    model_dir: Path, adapters: dict[str, Path], requests: list[Request], num_pages: int = 8
+) -> tuple[list[Completion], int]:
     shape = tiny.MODELS["mistral"]()
     page_bytes = PAGE_BYTES_F32 * shape.num_hidden_layers * shape.num_key_value_heads
     page_bytes *= shape.hidden_size // shape.num_attention_heads
@@ -49,7 +52,7 @@ def run(model_dir: Path, adapters: dict[str, Path], requests: list[Request]) -> 
         max_num_seqs=7,
         max_model_len=96,
         max_num_batched_tokens=MAX_TOKENS,
-        kv_cache_bytes=8 * page_bytes,
+        kv_cache_bytes=num_pages * page_bytes,
         adapter_slots=1,
     )
     for name, folder in adapters.items():
@@ -78,6 +81,36 @@ def test_a_step_ahead_the_tokens_are_those_of_one_step_at_a_time(
         assert two.token_ids == one.token_ids
         assert two.finish_reason == one.finish_reason
         assert two.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_invariant", [False, True])
+def test_scores_and_alternatives_are_those_of_one_step_at_a_time(
+    is_invariant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = tiny.make_model("mistral", tmp_path / "model")
+    specs = {name: tiny.MIXED_ADAPTERS[name] for name in ("rank8", "patterns")}
+    adapters = tiny.make_adapters(model_dir, tmp_path, specs)
+    rng = random.Random(5)
+    requests = [random_request(rng, name) for name in [None, *adapters] * 5]
+    expected, _ = run(model_dir, adapters, requests)
+    with cuda_forward(monkeypatch, MAX_TOKENS, is_invariant) as build:
+        monkeypatch.setattr(assembly, "ModelForward", build)
+        found, preemptions = run(model_dir, adapters, requests, num_pages=4)
+    assert preemptions > 0
+    for one, two in zip(expected, found, strict=True):
+        assert (two.token_ids, two.finish_reason, two.error) == (one.token_ids, one.finish_reason, None)
+        assert two.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        if one.details is None or two.details is None:
+            assert one.details is two.details
+            continue
+        for field in ("prompt_token_ids", "is_greedy"):
+            assert getattr(two.details, field) == getattr(one.details, field)
+        for field in ("top_token_ids", "prompt_top_token_ids"):
+            pairs = list(zip(getattr(two.details, field), getattr(one.details, field), strict=True))
+            # Two tokens may change places where they are about as likely.
+            assert sum(a != b for a, b in pairs) <= 0.01 * len(pairs)
+        for field in ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs"):
+            assert getattr(two.details, field) == pytest.approx(getattr(one.details, field), abs=1e-4)
 
 
 def test_the_cache_of_cosines_turns_as_the_angles_of_a_step_do(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 import numpy as np
@@ -278,6 +278,24 @@ def test_an_adapter_can_be_removed_and_its_name_used_again(engine: Engine, tiny_
     (second,) = engine.generate([request])
     assert first.token_ids != second.token_ids
     engine.remove_adapter("again")
+
+
+def test_adapters_that_are_no_more_leave_memory_once_no_request_needs_them(
+    engine: Engine, tiny_adapters: dict[str, Path]
+) -> None:
+    tenant = UUID(int=1)
+    refs = [AdapterRef(tenant, UUID(int=100 + i), str(path)) for i, path in enumerate(list(tiny_adapters.values())[:2])]
+    for i, ref in enumerate(refs):
+        engine.add_request(f"of {i}", Request((1, 2, 3), ref, SamplingParams(max_tokens=4 + 40 * i)))
+    while engine.stats().num_running + engine.stats().num_waiting == 2:
+        engine.step()
+    engine.forget(refs)
+    assert set(engine.stats().resident) & {ref.revision for ref in refs} == {refs[1].revision}
+    while engine.has_work:
+        engine.step()
+    engine.forget([*refs, AdapterRef(tenant, UUID(int=999), "/nowhere")])
+    assert not set(engine.stats().resident) & {ref.revision for ref in refs}
+    engine.check_integrity()
 
 
 def test_sizes_that_cannot_work_are_refused_by_name(tiny_model: Path) -> None:

@@ -16,9 +16,10 @@ from medley.spec.errors import ErrorCode
 from medley.spec.jobs import FinishReason
 from medley_worker import Completion, Engine, Request, RequestOutput, SamplingParams
 from medley_worker.engine import assembly
-from medley_worker.engine.forward import DoneTicket, Forward, StepResult
-from medley_worker.engine.rows import Rows, RowTable
-from medley_worker.engine.scheduler import StepPlan
+from medley_worker.engine.forward import DoneTicket, Forward
+from medley_worker.engine.plans import Rows, StepPlan
+from medley_worker.engine.results import StepResult
+from medley_worker.engine.rows import RowTable
 
 NUM_REQUESTS = 18
 PAGE_BYTES = 2 * 32 * 4 * 2 * 2 * 16  # of tiny's llama3: k and v, tokens, float32, layers, heads, head size

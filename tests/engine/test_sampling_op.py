@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,3 +152,34 @@ def test_a_temperature_near_zero_takes_the_best_token(temperature: float) -> Non
     logits = logits_of(3.0, 11.0, 10.5)
     assert draws(logits, 50, temperature=temperature)[1] == 1
     assert draws(logits, 50, temperature=temperature, top_p=0.9, top_k=2)[1] == 1
+
+
+def test_a_mask_lets_only_its_tokens_be_drawn_whatever_else_is_asked_for() -> None:
+    vocab_size = 70  # no multiple of 32
+    generator = np.random.default_rng(0)
+    allowed = generator.random((40, vocab_size)) < 0.1
+    allowed[:, 69] = True
+    words = np.zeros((40, 3), np.int32)
+    for row, token in zip(*np.nonzero(allowed), strict=True):
+        words[row, token // 32] |= np.int32(np.uint32(1) << np.uint32(token % 32))
+    logits = torch.randn((40, vocab_size), generator=torch.Generator().manual_seed(0))
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1},
+        {"repetition_penalty": 2.0, "logit_bias": {3: 100.0}},
+    ]
+    rows = [
+        SamplingRow(SamplingParams(**kinds[i % 4]), i, 3, (1, 2), (4,), allowed=None if i % 5 == 0 else words[i])
+        for i in range(40)
+    ]
+    drawn = sample(logits, build_sampling_batch(rows, vocab_size))
+    for i, token in enumerate(drawn.token_ids.tolist()):
+        if i % 5:
+            assert allowed[i, token], i
+        if i % 20 == 4:
+            assert token == logits[i].masked_fill(~torch.from_numpy(allowed[i]), -torch.inf).argmax()
+    free = [row if row.allowed is None else None for row in rows]
+    unmasked = sample(logits, build_sampling_batch(free, vocab_size)).token_ids
+    assert torch.equal(drawn.token_ids[::5], unmasked[::5])
+    torch.testing.assert_close(drawn.logprobs, logits.log_softmax(-1).gather(1, drawn.token_ids[:, None])[:, 0])

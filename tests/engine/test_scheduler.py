@@ -11,8 +11,9 @@ import pytest
 from medley.spec.errors import ErrorCode
 from medley.spec.sampling import SamplingParams
 from medley_worker.engine.pages import PagePool
+from medley_worker.engine.plans import StepPlan
 from medley_worker.engine.rows import RowTable
-from medley_worker.engine.scheduler import Scheduler, StepPlan
+from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
 
 EOS = 0

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from medley.spec.sampling import SamplingParams
+from medley_worker.engine.plans import Chunk, StepPlan
 from medley_worker.engine.rows import NO_TOKEN, RowTable
-from medley_worker.engine.scheduler import Chunk, StepPlan
 from medley_worker.engine.sequences import Sequence
 from medley_worker.engine.step_inputs import (
     BlockLayout,

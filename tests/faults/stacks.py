@@ -95,6 +95,9 @@ _AUDIT = {
     ),
     "batches that ended and do not say so": "SELECT count(*) FROM batches WHERE finished_at IS NULL",
     "demand that nothing waits for": "SELECT count(*) FROM demand WHERE num_queued <> 0",
+    "usage of the queue's quotas that nothing accounts for": (
+        "SELECT count(*) FROM tenant_usage WHERE queued_jobs <> 0 OR queued_bytes <> 0"
+    ),
     "checkpoints that nothing will read": "SELECT count(*) FROM checkpoints",
 }
 

@@ -62,6 +62,26 @@ def make(kind: str, folder: Path) -> Tiny:
     return Tiny(model_dir, adapters)
 
 
+def with_byte_tokenizer(model_dir: Path, folder: Path) -> Path:
+    """The model again, with a tokenizer of three special tokens and then one for each byte. Returns its folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    chars = {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    specials = ["<unk>", "<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*specials, *(chars[byte] for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(specials)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True)
+    for file in model_dir.iterdir():
+        (folder / file.name).symlink_to(file)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def load_engine(made: Tiny, **options: Any) -> Engine:
     """An engine over the model with all its adapters, on the device in bfloat16 unless `options` say otherwise."""
     engine = Engine.load(made.model_dir, **{"device": "cuda", "dtype": "bfloat16"} | options)

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+import structlog
 from ledger import Ledger
 from sqlalchemy import create_engine, text
 
@@ -31,6 +32,14 @@ ADAPTERS = ASSETS / "adapters"
 UNLIMITED = httpx.Limits(max_connections=None)
 _numbers = itertools.count(1)
 
+# structlog's own tracebacks, with every local variable, take a second each.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
+
 
 class Api:
     """The running service. `as_tenant(name)` is a client with a key of that tenant; `anonymous` has none."""
@@ -38,7 +47,7 @@ class Api:
     def __init__(self, url: str, ledger: Ledger, settings: Settings, owner_url: str, app: Any) -> None:
         self.url, self.ledger, self.settings = url, ledger, settings
         self._app = app
-        self._owner_url = owner_url
+        self.owner_url = owner_url
         self._clients: dict[str | None, httpx.Client] = {}
         self.ringer = Ringer(settings.redis_url)
         self._tenant = "acme"
@@ -71,7 +80,7 @@ class Api:
         return key
 
     def owner(self, act: Any) -> Any:
-        engine = create_engine(self._owner_url)
+        engine = create_engine(self.owner_url)
         try:
             with engine.begin() as conn:
                 # Tests commit without waiting for the disk; what the owner makes must outlive a killed server.
@@ -120,7 +129,13 @@ class Api:
 
 @contextmanager
 def running_api(
-    database: Any, redis_url: str, store_url: str, *, limits: Limits | None = None, model: str | None = str(MODEL)
+    database: Any,
+    redis_url: str,
+    store_url: str,
+    *,
+    limits: Limits | None = None,
+    model: str | None = str(MODEL),
+    **settings_fields: Any,
 ) -> Iterator[Api]:
     """Serves until the block ends."""
     ledger = Ledger(database)
@@ -131,6 +146,7 @@ def running_api(
         model=model,
         pool=ledger.pool,
         limits=limits or Limits(),
+        **settings_fields,
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

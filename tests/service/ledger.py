@@ -18,7 +18,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Row, text
 
-from medley.db import adapters, batches, ends, flags, queue, tenants, workers
+from medley.config import Quotas
+from medley.db import adapters, batches, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.spec.errors import JobError
 from medley.spec.ids import uuid7
@@ -36,6 +37,15 @@ class Seen:
     attempt: int
     worker: UUID | None
     result: tuple[Any, ...] | None
+
+
+# The tenants of a pool, with all that they have in any.
+_USAGE = text(
+    "SELECT u.queued_jobs, u.queued_bytes, sum(b.total - b.succeeded - b.failed - b.cancelled - b.expired) AS num_jobs,"
+    " sum(b.queued_bytes) AS num_bytes FROM tenant_usage u JOIN batches b ON b.tenant_id = u.tenant_id"
+    " WHERE u.tenant_id IN (SELECT tenant_id FROM batches WHERE pool = :pool)"
+    " GROUP BY u.tenant_id, u.queued_jobs, u.queued_bytes"
+)
 
 
 class Ledger:
@@ -66,8 +76,8 @@ class Ledger:
         self.weights[tenant] = weight
         return tenant
 
-    def add_revision(self, tenant: UUID, name: str) -> UUID:
-        new = adapters.NewRevision(digest=f"{next(_numbers):064x}", max_rank=8, num_tiles=1, size_bytes=1)
+    def add_revision(self, tenant: UUID, name: str, *, size_bytes: int = 1) -> UUID:
+        new = adapters.NewRevision(digest=f"{next(_numbers):064x}", max_rank=8, num_tiles=1, size_bytes=size_bytes)
         with tenant_transaction(self.api, tenant) as conn:
             revision, _ = adapters.add_revision(conn, tenant, name, new)
         return revision
@@ -89,6 +99,7 @@ class Ledger:
         with tenant_transaction(self.api, tenant) as conn:
             batches.open_batch(conn, batch, total=len(jobs))
             batches.append_jobs(conn, batch, jobs)
+            reserve(conn, batch, len(jobs), num_bytes=len("a prompt") * len(jobs))
         return batch.id
 
     def start_worker(self, state: workers.WorkerState = workers.WorkerState.ACTIVE, *, max_num_seqs: int = 8) -> UUID:
@@ -202,6 +213,7 @@ class Ledger:
                     in_pool,
                 )
             }
+            usage = conn.execute(_USAGE, in_pool).all()
             batch_rows = conn.execute(text("SELECT * FROM batches WHERE pool = :pool"), in_pool).all()
             demand = conn.execute(text("SELECT * FROM demand WHERE pool = :pool"), in_pool).all()
             counters = conn.execute(text("SELECT * FROM tenant_counters WHERE pool = :pool"), in_pool).all()
@@ -220,6 +232,9 @@ class Ledger:
         counted = {(row.lane, row.priority, row.tenant_id, row.revision_id): row.num_queued for row in demand}
         assert {key: n for key, n in counted.items() if n} == dict(waiting), "demand equals a recount"
         self._check_counters(counters, jobs, results)
+        for row in usage:
+            counted = (row.queued_jobs, row.queued_bytes)
+            assert counted == (row.num_jobs, row.num_bytes), "what quotas count equals a recount"
 
     def _check_moves(self, jobs: dict[UUID, Row[Any]], results: dict[UUID, Row[Any]]) -> None:
         now = {
@@ -254,6 +269,11 @@ class Ledger:
             assert stored.get(tenant, 0.0) == pytest.approx(expected), "service is usage plus what is leased"
 
 
+def reserve(conn: Connection, batch: batches.NewBatch, num_jobs: int, *, num_bytes: int = 0) -> None:
+    """Counts what was added to `batch`, against the defaults."""
+    quotas.reserve(conn, batch.tenant, Quotas(), batch.id, num_jobs=num_jobs, num_bytes=num_bytes)
+
+
 def result(
     job: UUID,
     attempt: int,
@@ -262,6 +282,7 @@ def result(
     num_tokens: int = 2,
     text: str | None = "ok",
     error: JobError | None = None,
+    **others: Any,
 ) -> ends.Result:
     """A worker's result of `num_tokens` generated tokens."""
     return ends.Result(
@@ -273,6 +294,7 @@ def result(
         logprobs=(-0.1,) * num_tokens,
         prompt_tokens=3,
         error=error,
+        **others,
     )
 
 

@@ -19,6 +19,7 @@ from uuid import UUID
 
 import numpy as np
 import psutil
+from ledger import reserve
 from safetensors.numpy import save_file
 from sqlalchemy import Row, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -208,8 +209,19 @@ class Site:
             revision, _ = adapters.add_revision(conn, self.tenant, name, new)
         return revision
 
+    def digest_of(self, revision: UUID) -> str:
+        with transaction(self._work) as conn:
+            statement = text("SELECT digest FROM adapter_revisions WHERE id = :id")
+            digest: str = conn.execute(statement, {"id": revision}).scalar_one()
+        return digest
+
+    def forget_revision(self, revision: UUID) -> None:
+        """What the deletion of its tenant leaves of it."""
+        with transaction(self._work) as conn:
+            conn.execute(text("DELETE FROM adapter_revisions WHERE id = :id"), {"id": revision})
+
     def submit(self, *jobs: dict[str, Any], deadline_in_s: float | None = None) -> UUID:
-        """One batch; a job is {prompt | prompt_token_ids, revision?, ...sampling}. Greedy, past end tokens."""
+        """One batch; a job is {prompt | prompt_token_ids, continuation?, revision?, ...sampling}. Greedy, past ends."""
         with tenant_transaction(self._api, self.tenant) as conn:
             deadline_at = None
             if deadline_in_s is not None:
@@ -218,6 +230,7 @@ class Site:
             batch = batches.NewBatch(uuid7(), self.tenant, POOL, deadline_at=deadline_at)
             batches.open_batch(conn, batch, total=len(jobs))
             batches.append_jobs(conn, batch, [_new_job(dict(job)) for job in jobs])
+            reserve(conn, batch, len(jobs))
         return batch.id
 
     def claim(self, shell: ShellProcess, limit: int = 1_000) -> list[UUID]:
@@ -233,6 +246,11 @@ class Site:
         """What the dispatcher sends after a claim."""
         self._celery.send_task("medley.run_jobs", args=[[job.hex for job in jobs]], queue=worker_queue(shell.worker))
 
+    def announce(self, shell: ShellProcess, revisions: Sequence[UUID]) -> None:
+        """What the dispatcher sends of adapters to come."""
+        ids = [revision.hex for revision in revisions]
+        self._celery.send_task("medley.expect", args=[ids], queue=worker_queue(shell.worker))
+
     def reclaim(self) -> int:
         """What the leader does about lapsed leases."""
         with transaction(self._work) as conn:
@@ -242,7 +260,8 @@ class Site:
     def results(self, batch: UUID) -> list[Row[Any]]:
         """The results of the batch in the order of its jobs."""
         with transaction(self._work) as conn:
-            return sorted(batches.read_results(conn, batch, after=0, limit=10_000), key=lambda row: row.id)
+            rows = batches.read_results(conn, batch, after=0, limit=10_000, with_details=True)
+            return sorted(rows, key=lambda row: row.id)
 
     def jobs(self, batch: UUID) -> list[Row[Any]]:
         with transaction(self._work) as conn:
@@ -282,6 +301,7 @@ class Site:
 def _new_job(job: dict[str, Any]) -> batches.NewJob:
     prompt, token_ids, revision = job.pop("prompt", None), job.pop("prompt_token_ids", None), job.pop("revision", None)
     seed = job.pop("seed", 1)
+    continuation, continuation_ids = job.pop("continuation", None), job.pop("continuation_token_ids", None)
     sampling = {"max_tokens": 8, "ignore_eos": True} | job
     return batches.NewJob(
         prompt=prompt,
@@ -291,4 +311,6 @@ def _new_job(job: dict[str, Any]) -> batches.NewJob:
         sampling=json.dumps(sampling),
         max_tokens=sampling["max_tokens"],
         seed=seed,
+        continuation=continuation,
+        continuation_token_ids=continuation_ids,
     )

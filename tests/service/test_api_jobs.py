@@ -174,7 +174,7 @@ def test_another_tenants_things_do_not_exist(api: Api) -> None:
         assert response.json()["error"]["code"] == "not_found"
     assert other.get("/v1/batches").json()["batches"] == []
     assert api.as_tenant().get(f"/v1/jobs/{job['id']}").json()["state"] == "queued"
-    assert other.get("/v1/tenant").json() == {"name": "globex"}
+    assert other.get("/v1/tenant").json()["name"] == "globex"
 
 
 def test_a_revoked_key_stops_working_within_seconds(api: Api) -> None:

@@ -26,15 +26,9 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FILE = _ROOT / "compose.yaml"
-_ENV = {
-    "MEDLEY_SUPERUSER_PASSWORD": "a",
-    "MEDLEY_OWNER_PASSWORD": "b",
-    "MEDLEY_API_PASSWORD": "c",
-    "MEDLEY_WORK_PASSWORD": "d",
-    "MEDLEY_REDIS_PASSWORD": "e",
-    "MEDLEY_MODEL_DIR": "/srv/model",
-}
-_SERVICES: dict[str, Any] = yaml.safe_load(_FILE.read_text())["services"]
+_ENV = {"MEDLEY_MODEL_DIR": "/srv/model"}
+_COMPOSE: dict[str, Any] = yaml.safe_load(_FILE.read_text())
+_SERVICES: dict[str, Any] = _COMPOSE["services"]
 _OURS = [name for name, service in _SERVICES.items() if "build" in service and name != "worker"]
 
 
@@ -66,11 +60,34 @@ def test_docker_compose_accepts_the_file() -> None:
     assert set(yaml.safe_load(done.stdout)["services"]) == set(_SERVICES)
 
 
-@pytest.mark.parametrize("missing", list(_ENV))
-def test_no_secret_has_a_default(missing: str) -> None:
-    needed = set(re.findall(r"\$\{(\w+):\?\}", _FILE.read_text()))
-    assert missing in needed
-    assert not re.search(r"PASSWORD(:-|\})", _FILE.read_text())
+def test_every_password_is_a_file_that_its_services_alone_are_given() -> None:
+    held = {name: set(service.get("secrets", [])) for name, service in _SERVICES.items()}
+    assert set.union(*held.values()) == set(_COMPOSE["secrets"])
+    for name, service in _SERVICES.items():
+        named = set(re.findall(r"/run/secrets/(\w+)", str(service)))
+        # PostgreSQL's own script reads the owner's.
+        assert held[name] == named | ({"owner_password"} if name == "postgres" else set()), name
+    assert held["api"] == {"api_password", "redis_password"}
+    assert held["worker"] == held["dispatcher"] == {"work_password", "redis_password"}
+    assert "/run/secrets/owner_password" in (_ROOT / "app/medley/local/owner_password.sql").read_text()
+    # A value would stand here, or in the environment, for all to read.
+    for service in _SERVICES.values():
+        assert [key for key in service.get("environment", {}) if key.endswith("PASSWORD")] == []
+        assert "${" not in str(service.get("command"))
+
+
+def test_redis_takes_its_password_from_the_file(tmp_path: Path) -> None:
+    """The commands as they stand, with echo for the server."""
+    (tmp_path / "redis_password").write_text("kEwp3vT0\n")
+    command = _SERVICES["redis"]["command"][-1].replace("$$", "$").replace("/run/secrets", str(tmp_path))
+    command = (
+        command.replace("/tmp/redis.conf", str(tmp_path / "redis.conf"))
+        .replace("exec docker-entrypoint.sh redis-server", "cat")
+        .replace("chown redis", "true")
+    )
+    done = subprocess.run(["sh", "-c", command.partition(" --save")[0]], capture_output=True, text=True, check=True)
+    assert done.stdout == "requirepass kEwp3vT0\n"
+    assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
 
 
 def test_no_server_is_reachable_from_outside_but_the_api() -> None:
@@ -83,7 +100,7 @@ def test_a_service_starts_with_its_own_command_and_gets_well(
 ) -> None:
     """The worker for CUDA differs from worker-cpu in its image and device alone."""
     service = _SERVICES[name]
-    role = re.match(r"postgresql\+psycopg://(\w+):", service["environment"]["MEDLEY_DATABASE_URL"])
+    role = re.match(r"postgresql\+psycopg://(\w+)@", service["environment"]["MEDLEY_DATABASE_URL"])
     assert role is not None
     here = {
         "MEDLEY_DATABASE_URL": database.url(role[1]),
@@ -94,7 +111,14 @@ def test_a_service_starts_with_its_own_command_and_gets_well(
         "MEDLEY_HOST": "127.0.0.1",
         "MEDLEY_PORT": "0",
     }
-    given = {k: "" if "${" in v else v for k, v in service["environment"].items() if k not in here}
+    for secret in service["secrets"]:
+        (tmp_path / secret).write_text("kEwp3vT0\n")
+    given = {
+        k: "" if "${" in v else v.replace("/run/secrets", str(tmp_path))
+        for k, v in service["environment"].items()
+        # The test's Redis has no password, and takes none.
+        if k not in here and k != "MEDLEY_REDIS_PASSWORD_FILE"
+    }
     env = {**os.environ, **given, **{k: v for k, v in here.items() if k in service["environment"]}}
     if "ports" in service:
         env["MEDLEY_PORT"] = str(_free_port())

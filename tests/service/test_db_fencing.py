@@ -159,7 +159,7 @@ def test_a_standby_that_looks_never_waits_for_the_leader(ledger: Ledger) -> None
 def test_chores_are_due_exactly_when_there_is_something_to_do(ledger: Ledger) -> None:
     def due() -> set[str]:
         with ledger.working() as conn:
-            found = chores.read_due(conn, ledger.pool, near_s=60)
+            found = chores.read_due(conn, ledger.pool)
         return {name for name in ("mark_gone", "reclaim") if getattr(found, name)}
 
     worker = ledger.start_worker()

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from ledger import Ledger, columns, result
+from ledger import Ledger, columns, reserve, result
 from sqlalchemy import text
 
 from medley.db import batches, crashes, flags, sweeps, workers
@@ -81,6 +81,7 @@ class JobMachine(RuleBasedStateMachine):
         )
         with tenant_transaction(self.ledger.api, tenant) as conn:
             sweeps.create_sweep(conn, batch, sweep)
+            reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
         self.batches.append((tenant, batch.id))
         self.sweeps.append(batch.id)
 
@@ -311,6 +312,7 @@ def test_a_submit_in_parts_locks_demand_only_at_its_end(ledger: Ledger) -> None:
             other.execute(text("SELECT FROM demand WHERE pool = :pool FOR UPDATE NOWAIT"), {"pool": ledger.pool})
         batches.add_batch_demand(conn, batch, Counter({None: 6}))
         batches.close_batch(conn, batch.id, 6)
+        reserve(conn, batch, 6)
     assert ledger.demand() == {(tenant, batches.NORMAL): 7}
     ledger.check()
 

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from ledger import Ledger, columns, result
+from ledger import Ledger, columns, reserve, result
 from sqlalchemy import text
 
 from medley.db import batches, crashes, flags, workers
@@ -152,6 +152,7 @@ def test_long_submits_of_one_tenant_at_once_do_not_deadlock(crowd: Crowd) -> Non
                 lanes[revision] += 5
             batches.add_batch_demand(conn, batch, lanes)
             batches.close_batch(conn, batch.id, 20)
+            reserve(conn, batch, 20)
 
     crowd.run([submit_in_parts] * 6, seconds=2)
     assert crowd.errors == []

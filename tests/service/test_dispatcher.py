@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -23,10 +24,10 @@ from waiting import wait_until
 from medley.celery_app import worker_queue
 from medley.config import Settings
 from medley.db import batches, flags
-from medley.db.connections import make_engine
+from medley.db.connections import make_engine, tenant_transaction
 from medley.db.workers import WorkerState
 from medley.dispatcher.loop import Dispatcher
-from medley.dispatcher.policy import Rules
+from medley.dispatcher.plans import Rules
 from medley.rings import DONE_CHANNEL, Ringer, pool_channel
 
 
@@ -68,12 +69,14 @@ class Stage:
         self.clock.now += self.settings.tick_s
         return dispatcher.tick()
 
-    def messages(self, worker: UUID) -> list[list[str]]:
-        """The ids of each message that waits in the worker's queue."""
+    def messages(self, worker: UUID, task: str = "medley.run_jobs") -> list[list[str]]:
+        """The ids of each message of a task that waits in the worker's queue, oldest first."""
         found = []
-        for raw in self.redis.lrange(worker_queue(worker), 0, -1):
-            args, _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
-            found.append(args[0])
+        for raw in reversed(self.redis.lrange(worker_queue(worker), 0, -1)):
+            message = json.loads(raw)
+            if message["headers"]["task"] == task:
+                args, _, _ = json.loads(base64.b64decode(message["body"]))
+                found.append(args[0])
         return found
 
     def states(self) -> list[str]:
@@ -104,6 +107,18 @@ def stage(module_database: Any, redis_url: str) -> Iterator[Stage]:
     made = Stage(module_database, redis_url)
     yield made
     made.close()
+
+
+def test_jobs_that_wait_for_what_is_shared_no_longer_are_failed(stage: Stage) -> None:
+    ledger = stage.ledger
+    owner, friend = ledger.add_tenant(), ledger.add_tenant()
+    revision = ledger.add_revision(owner, "a")
+    batch, own = ledger.submit(friend, [revision, revision, None]), ledger.submit(owner, [revision])
+    stage.tick(stage.dispatcher())
+    ended = [row.state for row in ledger.jobs().values() if row.batch_id == batch]
+    assert sorted(ended) == ["failed", "failed", "queued"]
+    assert ledger.job_of(own).state == "queued"
+    ledger.check()
 
 
 def test_waiting_jobs_become_a_workers_rows_and_messages_of_at_most_256_ids(stage: Stage) -> None:
@@ -279,6 +294,70 @@ def test_a_high_priority_comes_first(stage: Stage) -> None:
     stage.ledger.start_worker(max_num_seqs=2)
     stage.ledger.submit(tenant, [None] * 10)
     urgent = stage.ledger.submit(tenant, [None] * 4, priority=batches.HIGH)
+    stage.dispatcher().tick()
+    assert {row.batch_id for row in stage.ledger.jobs().values() if row.state == "leased"} == {urgent}
+
+
+def test_a_worker_is_told_which_adapters_come_next_and_when_none_do(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    worker = stage.ledger.start_worker(max_num_seqs=4)
+    revisions = [stage.ledger.add_revision(tenant, f"adapter-{i}") for i in range(3)]
+    for num_jobs, revision in zip((12, 6, 5), revisions, strict=True):
+        stage.ledger.submit(tenant, [revision] * num_jobs)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    hints = [revision.hex for revision in revisions]
+    wait_until(lambda: stage.messages(worker, "medley.expect") == [[hints[0], hints[1], hints[2]]])
+    while any(row.state != "succeeded" for row in stage.ledger.jobs().values()):
+        held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
+        stage.ledger.complete(worker, held)
+        stage.tick(dispatcher)
+    wait_until(lambda: stage.messages(worker, "medley.expect")[-1] == [])
+
+
+def test_a_load_of_an_adapter_is_charged_with_the_jobs_that_cause_it(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=4)
+    revision = stage.ledger.add_revision(tenant, "heavy", size_bytes=320_000_000)
+    stage.ledger.submit(tenant, [revision] * 2)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    estimates = sum(row.est_tokens for row in stage.ledger.jobs().values())
+    assert stage.service(tenant) == pytest.approx(estimates + 100)
+    stage.ledger.submit(tenant, [revision])
+    dispatcher.tick()
+    estimates = sum(row.est_tokens for row in stage.ledger.jobs().values())
+    assert stage.service(tenant) == pytest.approx(estimates + 100)
+
+
+def test_a_batch_says_when_it_will_be_done_once_the_fleets_rate_is_seen(stage: Stage) -> None:
+    tenant, worker = stage.ledger.add_tenant(), stage.ledger.start_worker(max_num_seqs=8)
+    batch = stage.ledger.submit(tenant, [None] * 100)
+
+    def expected() -> Any:
+        with tenant_transaction(stage.ledger.api, tenant) as conn:
+            row = batches.read_batch(conn, batch)
+        assert row is not None
+        return None if row.expected_at is None else (row.expected_at - row.read_at).total_seconds()
+
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    assert expected() is None
+    for _ in range(3):  # 8 jobs in 20 s
+        held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
+        stage.ledger.complete(worker, held[:8])
+        stage.tick(dispatcher)
+    # A tick forecasts by the rate that the plan before it saw.
+    stage.tick(dispatcher)
+    assert expected() == pytest.approx((100 - 3 * 8) / 0.4, rel=0.5)
+
+
+def test_a_batch_near_its_deadline_goes_first_while_no_rate_is_known(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=2)
+    stage.ledger.submit(tenant, [None] * 10)
+    soon = datetime.now(UTC) + timedelta(seconds=40)
+    urgent = stage.ledger.submit(tenant, [None] * 4, deadline_at=soon)
     stage.dispatcher().tick()
     assert {row.batch_id for row in stage.ledger.jobs().values() if row.state == "leased"} == {urgent}
 

@@ -20,6 +20,7 @@ _URLS = {
     "MEDLEY_DATABASE_URL": "postgresql+psycopg://medley_api:hush@db/medley",
     "MEDLEY_REDIS_URL": "redis://:hush@redis:6379/0",
     "MEDLEY_STORE_URL": "file:///store",
+    "MEDLEY_PLAINTEXT_HOSTS": "db,redis",
 }
 
 
@@ -99,7 +100,7 @@ def test_a_bad_value_is_refused_by_key_and_value(key: str, value: str, wanted: s
     assert (repr(value) in str(caught.value)) == (key != "MEDLEY_STORE_URL")
 
 
-@pytest.mark.parametrize("key", list(_URLS))
+@pytest.mark.parametrize("key", [key for key in _URLS if key.endswith("_URL")])
 def test_a_missing_or_bad_secret_is_named_and_never_shown(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: got nothing"):
         Settings.from_env({k: v for k, v in _URLS.items() if k != key})

@@ -6,12 +6,14 @@ One shell serves all tests of this file, in any order; those that end a shell ar
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from shells import BOS, EOS, ShellProcess, Site, make_model
+from tokenizers import pre_tokenizers
 
 from medley.db import flags
 from medley.db.workers import WorkerState
@@ -49,6 +51,34 @@ def test_jobs_of_text_tokens_base_and_adapters_complete_with_usage(site: Site, s
     assert (tokens.prompt_tokens, tokens.completion_tokens) == (4, 5)
     assert len({tuple(row.token_ids) for row in (text, base, other)}) == 3
     assert len(text.logprobs) == 8
+
+
+def test_a_revision_that_is_no_more_leaves_the_engine(site: Site, shell: ShellProcess) -> None:
+    gone, kept = site.add_revision("gone", seed=7), site.add_revision("kept", seed=8)
+    site.run(shell, {"prompt": "abc", "revision": gone}, {"prompt": "abc", "revision": kept})
+
+    def resident() -> set[object]:
+        [row] = [row for row in site.workers() if row.id == shell.worker]
+        return set(row.resident)
+
+    site.wait_until("both in device memory", lambda: {gone, kept} <= resident())
+    site.forget_revision(gone)
+    site.wait_until("one of them gone", lambda: gone not in resident())
+    assert kept in resident()
+    [row] = site.run(shell, {"prompt": "abc", "revision": kept})
+    assert row.state == "succeeded"
+
+
+def test_adapters_that_are_announced_need_not_exist_and_change_no_result(site: Site, shell: ShellProcess) -> None:
+    known, next_up = site.add_revision("known", seed=3), site.add_revision("next-up", seed=4)
+    (before,) = site.run(shell, {"prompt": "abc", "revision": known})
+    site.announce(shell, [next_up, uuid7(), known])
+    site.announce(shell, [])
+    (after,) = site.run(shell, {"prompt": "abc", "revision": known})
+    (new,) = site.run(shell, {"prompt": "abc", "revision": next_up})
+    assert after.token_ids == before.token_ids
+    assert new.state == "succeeded"
+    assert "Traceback" not in shell.log()
 
 
 def test_a_lost_message_costs_a_second_and_doubled_or_foreign_ids_nothing(site: Site, shell: ShellProcess) -> None:
@@ -97,6 +127,79 @@ def test_what_cannot_run_fails_with_its_code_and_the_others_finish(site: Site, s
     assert "40001 tokens" in rows[0].error_message
 
 
+def test_a_continuation_is_scored_as_the_same_tokens_are_in_a_prompt(site: Site, shell: ShellProcess) -> None:
+    first = site.add_revision("scored", seed=5)
+    whole = {"prompt": "abc def", "max_tokens": 0, "prompt_logprobs": 2, "revision": first}
+    echo, score, blank, ids, mixed, plain = site.run(
+        shell,
+        whole,
+        {"prompt": "abc", "continuation": " def", "top_logprobs": 2, "revision": first},
+        {"prompt": "abc ", "continuation": "def", "revision": first},
+        {"prompt_token_ids": echo_ids("abc"), "continuation_token_ids": echo_ids(" def")[1:], "revision": first},
+        {"prompt_token_ids": echo_ids("abc"), "continuation": " def", "revision": first, "prompt_logprobs": 0},
+        {"prompt": "abc def", "revision": first},
+    )
+    assert [row.state for row in (echo, score, blank, ids, mixed, plain)] == ["succeeded"] * 6
+    assert (score.finish_reason, score.text, score.completion_tokens, score.prompt_tokens) == ("scored", " def", 0, 8)
+    assert (echo.finish_reason, echo.text, echo.token_ids, echo.completion_tokens) == ("length", "", [], 0)
+    assert echo.prompt_token_ids == echo_ids("abc def")
+    assert score.token_ids == echo.prompt_token_ids[4:]
+    for row in (score, blank, ids, mixed):
+        assert row.logprobs == echo.prompt_logprobs[3:]
+        assert row.is_greedy is False
+    assert score.top_token_ids == echo.prompt_top_token_ids[6:]
+    assert score.top_logprobs == echo.prompt_top_logprobs[6:]
+    assert mixed.prompt_logprobs == echo.prompt_logprobs[:3]
+    assert score.prompt_logprobs is None
+    assert {plain.top_token_ids, plain.prompt_token_ids, plain.prompt_logprobs, plain.is_greedy} == {None}
+
+
+def echo_ids(text: str) -> list[int]:
+    """As the byte-level tokenizer has it: blanks and letters lie apart in its alphabet."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [BOS, *(alphabet.index("\u0120" if char == " " else char) for char in text)]
+
+
+def test_alternatives_are_cut_with_the_tokens_at_a_stop_string(site: Site, shell: ShellProcess) -> None:
+    bias = {"prompt": "abc", "logit_bias": {"64": 100}, "max_tokens": 30, "top_logprobs": 3, "prompt_logprobs": 1}
+    letter = site.run(shell, bias | {"max_tokens": 4})[0].text[0]
+    stopped, whole = site.run(shell, bias | {"stop": [letter * 3]}, bias | {"stop": ["never"], "max_tokens": 5})
+    assert (stopped.text, stopped.token_ids) == ("", [64] * 3)
+    assert len(stopped.top_token_ids) == len(stopped.top_logprobs) == 9
+    assert len(whole.top_token_ids) == 15
+    assert whole.top_token_ids[:9] == stopped.top_token_ids
+    assert stopped.prompt_logprobs == whole.prompt_logprobs
+    assert len(stopped.prompt_logprobs) == 3
+
+
+def test_a_text_is_what_was_asked_for_and_a_bad_schema_fails_one_job(site: Site, shell: ShellProcess) -> None:
+    guided = {"prompt": "abc", "ignore_eos": False, "temperature": 1.0, "max_tokens": 60}
+    rows = site.run(
+        shell,
+        guided | {"choice": ["yes", "né\n"]},
+        guided | {"regex": "[0-9]{3}-x"},
+        guided | {"json_schema": '{"enum": ["red", 7]}'},
+        guided | {"json_schema": '{"type": "nonsense"}'},
+        guided | {"regex": "(a"},
+        {"prompt": "abc"},
+    )
+    assert [row.error_code for row in rows] == [None] * 3 + ["invalid_grammar"] * 2 + [None]
+    assert rows[0].text in ("yes", "né\n")
+    assert re.fullmatch("[0-9]{3}-x", rows[1].text)
+    assert rows[2].text.strip() in ('"red"', "7")
+    assert [row.finish_reason for row in rows[:3]] == ["stop"] * 3
+    assert "nonsense" in rows[3].error_message
+
+
+def test_what_has_nothing_to_be_scored_fails_by_name(site: Site, shell: ShellProcess) -> None:
+    rows = site.run(
+        shell,
+        {"prompt_token_ids": [BOS], "continuation_token_ids": [999]},
+        {"prompt": "x" * 40_000, "max_tokens": 0, "prompt_logprobs": 0},
+    )
+    assert [row.error_code for row in rows] == ["invalid_token", "prompt_too_long"]
+
+
 def test_running_jobs_are_cancelled_and_expired_within_seconds(site: Site, shell: ShellProcess) -> None:
     cancelled, alone = site.submit(ENDLESS, ENDLESS), site.submit(ENDLESS, LONG)
     expiring = site.submit(ENDLESS, deadline_in_s=2.0)
@@ -116,7 +219,7 @@ def test_running_jobs_are_cancelled_and_expired_within_seconds(site: Site, shell
 def test_a_paused_job_goes_back_with_its_tokens_and_continues_to_the_same_answer(
     site: Site, shell: ShellProcess
 ) -> None:
-    sampled = LONG | {"temperature": 1.0, "seed": 7}
+    sampled = LONG | {"temperature": 1.0, "seed": 7, "top_logprobs": 2, "prompt_logprobs": 1}
     (whole,) = site.run(shell, sampled)
     batch = site.submit(sampled)
     site.ring(shell, site.claim(shell))
@@ -133,6 +236,9 @@ def test_a_paused_job_goes_back_with_its_tokens_and_continues_to_the_same_answer
     (row,) = site.wait_results(batch, 1)
     assert (row.token_ids, row.prompt_tokens, row.attempt) == (whole.token_ids, whole.prompt_tokens, 2)
     assert job.id not in site.checkpoints()
+    for name in ("top_token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_top_token_ids"):
+        assert getattr(row, name) == getattr(whole, name), name
+    assert row.top_logprobs == pytest.approx(whole.top_logprobs)
 
 
 def test_a_drained_worker_gives_its_jobs_back_stops_its_engine_and_can_be_woken(

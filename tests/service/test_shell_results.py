@@ -16,10 +16,11 @@ from waiting import wait_until
 from medley.db import ends
 from medley.rings import Ringer
 from medley.spec.errors import ErrorCode, JobError
-from medley.spec.jobs import JobState
+from medley.spec.ids import uuid7
+from medley.spec.jobs import Details, JobState
 from medley.spec.wire import JobKey
 from medley_worker.shell.held import Held, HeldJobs, Phase
-from medley_worker.shell.results import Results
+from medley_worker.shell.results import MAX_FLUSH, MAX_FLUSH_DETAILS, Results, _first_part
 from medley_worker.shell.transactions import Transactions
 
 
@@ -74,3 +75,13 @@ def _is_alive(other: Connection, conn: Connection) -> bool:
     pid = conn.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
     found = other.execute(text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid})
     return found.one_or_none() is not None
+
+
+def test_a_transaction_takes_so_many_results_and_fewer_of_large_ones() -> None:
+    plain = [result(uuid7(), 1) for _ in range(MAX_FLUSH + 5)]
+    assert _first_part(plain) == plain[:MAX_FLUSH]
+    details = Details(top_token_ids=(1,) * (MAX_FLUSH_DETAILS // 2), top_logprobs=(-1.0,) * (MAX_FLUSH_DETAILS // 2))
+    large = [msgspec.structs.replace(result(uuid7(), 1), details=details) for _ in range(3)]
+    assert _first_part([plain[0], *large, plain[1]]) == [plain[0], *large[:2]]
+    huge = msgspec.structs.replace(large[0], details=Details(prompt_top_logprobs=(-1.0,) * (2 * MAX_FLUSH_DETAILS)))
+    assert _first_part([huge, huge]) == [huge]

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from ledger import Ledger
+from ledger import Ledger, reserve
 from sqlalchemy import text
 from waiting import wait_until
 
@@ -50,6 +50,7 @@ def add_sweep(ledger: Ledger, num_prompts: int, *, num_seeds: int = 1) -> tuple[
     )
     with tenant_transaction(ledger.api, tenant) as conn:
         sweeps.create_sweep(conn, batch, sweep)
+        reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
     return tenant, batch.id
 
 
@@ -101,6 +102,7 @@ def test_every_cell_becomes_one_job_however_large_a_chunk_is(ledger: Ledger, chu
     batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
     with tenant_transaction(ledger.api, tenant) as conn:
         sweeps.create_sweep(conn, batch, sweep)
+        reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
     is_whole = False
     while not is_whole:
         with ledger.working() as conn:
@@ -188,7 +190,7 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger, tmp_path
     ledger.flag(tenant, ledger.submit(tenant, [ledger.add_revision(tenant, "own")]), "cancel")
     (tmp_path / "tmp" / "cut").mkdir(parents=True)
     os.utime(tmp_path / "tmp" / "cut", (0, 0))
-    maintain(ledger.work, Store(tmp_path))
+    maintain(ledger.work, Store.open(str(tmp_path)))
     assert list((tmp_path / "tmp").iterdir()) == []
     with ledger.working() as conn:
         keys = conn.execute(text("SELECT key FROM idempotency_keys WHERE tenant_id = :id"), {"id": tenant}).scalars()

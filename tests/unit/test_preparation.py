@@ -12,9 +12,14 @@ from medley.spec.errors import ErrorCode
 from medley.spec.ids import uuid7
 from medley.spec.sampling import SamplingParams
 from medley.store import Store
+from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.held import Phase
 from medley_worker.shell.intake import Preparation
 from medley_worker.shell.text import TextCodec
+
+
+def folders_of(store: Path) -> AdapterFolders:
+    return AdapterFolders(Store.open(str(store)), None, lambda _: None)
 
 
 def make_job(prompt: str, *, is_quarantined: bool = False) -> Assigned:
@@ -26,7 +31,7 @@ def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None
     tokenizer = Tokenizer(models.WordLevel({"known": 0}, unk_token="<unk>"))  # its unk is in no vocabulary
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     jobs = [make_job("known"), make_job("known strange"), make_job("known known")]
-    held, failures = Preparation(TextCodec(tokenizer), Store(tmp_path), lambda: None).prepare(jobs)
+    held, failures = Preparation(TextCodec(tokenizer), folders_of(tmp_path), lambda: None).prepare(jobs)
     assert [h.phase for h in held] == [Phase.WAITING, Phase.ENDING, Phase.WAITING]
     assert [h.item and h.item.prompt_token_ids for h in held] == [(0,), None, (0, 0)]
     (failure,) = failures
@@ -36,6 +41,8 @@ def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None
 
 def test_a_job_of_a_quarantined_adapter_never_reaches_the_engine(tmp_path: Path) -> None:
     codec = TextCodec(Tokenizer(models.WordLevel({"known": 0}, unk_token="known")))
-    held, failures = Preparation(codec, Store(tmp_path), lambda: None).prepare([make_job("known", is_quarantined=True)])
+    held, failures = Preparation(codec, folders_of(tmp_path), lambda: None).prepare(
+        [make_job("known", is_quarantined=True)]
+    )
     assert [h.phase for h in held] == [Phase.ENDING]
     assert [f.error and f.error.code for f in failures] == [ErrorCode.ADAPTER_QUARANTINED]

@@ -39,8 +39,10 @@ def test_every_field_is_taken_as_json_gives_it() -> None:
         "stop": ["\n", "END"],
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "top_logprobs": 20,
+        "prompt_logprobs": 0,
     }
-    assert set(fields) == set(FIELDS)
+    assert set(fields) | {"json_schema", "regex", "choice"} == set(FIELDS)
     params, faults = parse_sampling(fields)
     assert faults == []
     assert params is not None
@@ -54,6 +56,10 @@ def test_every_field_is_taken_as_json_gives_it() -> None:
     ("field", "value"),
     [
         ("max_tokens", 0),
+        ("top_logprobs", 21),
+        ("top_logprobs", -1),
+        ("top_logprobs", None),
+        ("prompt_logprobs", 21),
         ("max_tokens", 32_769),
         ("max_tokens", 1.5),
         ("max_tokens", "7"),

@@ -18,14 +18,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medley.objects import FolderObjects, ObjectCorrupt, UnsupportedStore
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
 from medley.spec.revisions import RevisionHash, is_digest, revision_digest
-from medley.store import Store, UnknownRevision, UnreadableUpload, UnsupportedStore
+from medley.store import Store, UnknownRevision, UnreadableUpload
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.open(str(tmp_path / "store"))
+
+
+def root_of(store: Store) -> Path:
+    """The folder of a store that is local."""
+    assert isinstance(store.objects, FolderObjects)
+    return store.objects.root
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def test_what_was_put_is_found_by_its_digest_byte_for_byte(store: Store, weights
     with weights.open("rb") as file:
         assert digest == revision_digest(b'{"r": 4}', file)
     folder = store.path(digest)
-    assert folder == store.root / "sha256" / digest[:2] / digest
+    assert folder == root_of(store) / "sha256" / digest[:2] / digest
     assert (folder / CONFIG_NAME).read_bytes() == b'{"r": 4}'
     assert (folder / WEIGHTS_NAME).read_bytes() == weights.read_bytes()
     assert store.has(digest)
@@ -73,10 +80,10 @@ def test_what_was_put_is_found_by_its_digest_byte_for_byte(store: Store, weights
 
 def test_putting_the_same_again_changes_nothing_and_leaves_nothing_behind(store: Store, weights: Path) -> None:
     digest = store.put(b"{}", weights)
-    before = {path: path.stat().st_mtime_ns for path in files_under(store.root)}
+    before = {path: path.stat().st_mtime_ns for path in files_under(root_of(store))}
     assert store.put(b"{}", weights) == digest
-    assert {path: path.stat().st_mtime_ns for path in files_under(store.root)} == before
-    assert list((store.root / "tmp").iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in files_under(root_of(store))} == before
+    assert list((root_of(store) / "tmp").iterdir()) == []
     assert store.put(b"{ }", weights) != digest
 
 
@@ -98,7 +105,7 @@ def test_many_writers_of_the_same_and_of_others_agree(store: Store, weights: Pat
     for config, digest in zip(configs, found, strict=True):
         assert digest is not None
         assert (store.path(digest) / CONFIG_NAME).read_bytes() == config
-    assert len(files_under(store.root)) == 8
+    assert len(files_under(root_of(store))) == 8
 
 
 def test_a_writer_killed_at_any_moment_leaves_no_half_revision(store: Store, weights: Path) -> None:
@@ -109,7 +116,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_half_revision(store: Store, wei
         "    print(store.put(b'%d' % number, Path(sys.argv[2])), flush=True)\n"
     )
     for num_lines in (1, 3, 5):
-        command = [sys.executable, "-c", script, str(store.root), str(weights)]
+        command = [sys.executable, "-c", script, str(root_of(store)), str(weights)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             stored = [process.stdout.readline().strip() for _ in range(num_lines)]
@@ -117,22 +124,22 @@ def test_a_writer_killed_at_any_moment_leaves_no_half_revision(store: Store, wei
         assert process.returncode == -signal.SIGKILL
         for digest in stored:
             assert store.has(digest)
-    for folder in (store.root / "sha256").glob("*/*"):
-        with (folder / WEIGHTS_NAME).open("rb") as file:
-            assert revision_digest((folder / CONFIG_NAME).read_bytes(), file) == folder.name
+    for digest in store.digests():
+        with (store.path(digest) / WEIGHTS_NAME).open("rb") as file:
+            assert revision_digest((store.path(digest) / CONFIG_NAME).read_bytes(), file) == digest
 
 
 def test_what_a_killed_put_left_is_forgotten_a_day_later_and_nothing_else_is(store: Store, weights: Path) -> None:
     assert store.forget_unfinished(older_than_s=60) == 0, "no put has ever been"
     digest = store.put(b"{}", weights)
     for name, age_s in (("old", 90), ("recent", 30)):
-        folder = store.root / "tmp" / name
-        folder.mkdir()
-        (folder / WEIGHTS_NAME).write_bytes(b"half of i")
-        os.utime(folder, (time.time() - age_s,) * 2)
-    os.utime(store.path(digest), (0, 0))
+        file = root_of(store) / "tmp" / name
+        file.write_bytes(b"half of i")
+        os.utime(file, (time.time() - age_s,) * 2)
+    for file in store.path(digest).iterdir():
+        os.utime(file, (0, 0))
     assert store.forget_unfinished(older_than_s=60) == 1
-    assert [folder.name for folder in (store.root / "tmp").iterdir()] == ["recent"]
+    assert [file.name for file in (root_of(store) / "tmp").iterdir()] == ["recent"]
     assert store.has(digest)
 
 
@@ -150,9 +157,9 @@ def test_an_absent_revision_is_named(store: Store, weights: Path) -> None:
     with pytest.raises(UnknownRevision, match="0" * 64):
         store.path("0" * 64)
     digest = store.put(b"{}", weights)
-    elsewhere = store.root / "elsewhere"
+    elsewhere = root_of(store) / "elsewhere"
     shutil.move(store.path(digest), elsewhere)
-    (store.root / "sha256" / digest[:2] / digest).symlink_to(elsewhere)
+    (root_of(store) / "sha256" / digest[:2] / digest).symlink_to(elsewhere)
     assert not store.has(digest)
 
 
@@ -163,19 +170,41 @@ def test_only_a_plain_file_is_taken_as_weights(tmp_path: Path, store: Store, wei
     for path in (link, pipe, tmp_path, tmp_path / "absent"):
         with pytest.raises(UnreadableUpload, match=path.name):
             store.put(b"{}", path)
-    assert files_under(store.root) == []
-    assert list((store.root / "tmp").iterdir()) == []
+    assert files_under(root_of(store)) == []
+
+
+def test_what_was_deleted_is_gone_and_can_be_put_again(store: Store, weights: Path) -> None:
+    digest = store.put(b"{}", weights)
+    store.delete(digest)
+    store.delete(digest)
+    assert not store.has(digest)
+    assert list(store.digests()) == []
+    assert files_under(root_of(store)) == []
+    assert store.put(b"{}", weights) == digest
+    assert list(store.digests()) == [digest]
+
+
+def test_what_was_damaged_in_the_store_is_not_fetched(tmp_path: Path, store: Store, weights: Path) -> None:
+    digest = store.put(b"{}", weights)
+    for number, change in enumerate((b"", b"another file", weights.read_bytes()[:-1] + b"!")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (store.path(digest) / WEIGHTS_NAME).write_bytes(change)
+        with pytest.raises(ObjectCorrupt, match=digest):
+            store.fetch(digest, folder)
+    with pytest.raises(UnknownRevision, match="0" * 64):
+        store.fetch("0" * 64, tmp_path)
 
 
 def test_a_store_is_a_folder_or_a_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Store.open("adapters").root == tmp_path / "adapters"
-    assert Store.open("/srv/a b").root == Path("/srv/a b")
-    assert Store.open("file:///srv/a%20b").root == Path("/srv/a b")
-    assert Store.open("file://localhost/srv").root == Path("/srv")
+    assert root_of(Store.open("adapters")) == tmp_path / "adapters"
+    assert root_of(Store.open("/srv/a b")) == Path("/srv/a b")
+    assert root_of(Store.open("file:///srv/a%20b")) == Path("/srv/a b")
+    assert root_of(Store.open("file://localhost/srv")) == Path("/srv")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "S3://bucket", "gs://b", "https://host/x", "ftp://x", "s3:bucket"])
+@pytest.mark.parametrize("url", ["gs://b", "https://host/x", "ftp://x"])
 def test_another_scheme_is_refused_by_name(url: str) -> None:
     with pytest.raises(UnsupportedStore, match=f"'{url.split(':')[0].lower()}'"):
         Store.open(url)

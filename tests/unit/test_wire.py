@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medley.spec.errors import ErrorCode, JobError
-from medley.spec.jobs import Checkpoint, FinishReason
+from medley.spec.jobs import Checkpoint, Details, FinishReason
 from medley.spec.sampling import SamplingParams
 from medley.spec.wire import (
     MAX_FRAME_BYTES,
@@ -20,6 +20,7 @@ from medley.spec.wire import (
     Add,
     EngineStats,
     Finished,
+    Forget,
     FrameReader,
     JobKey,
     Progress,
@@ -38,13 +39,19 @@ from medley.spec.wire import (
 KEY = JobKey(UUID(int=7), 3)
 ADAPTER = AdapterRef(UUID(int=1), UUID(int=2), "/adapters/2")
 CHECKPOINT = Checkpoint(token_ids=(1, 2), logprobs=(-0.5, -1e-30))
+DETAILS = Details(
+    top_token_ids=(3,), top_logprobs=(-0.5,), prompt_token_ids=(1, 2), prompt_logprobs=(-1.5,), is_greedy=False
+)
+DETAILED = Checkpoint(token_ids=(1,), logprobs=(-0.5,), details=DETAILS)
 TO_ENGINE = [
     Add((WorkItem(KEY, (1, 2, 3), ADAPTER, SamplingParams(seed=2**63 - 1, logit_bias={5: -1.5}, stop=("é",))),)),
     Add((WorkItem(KEY, (), None, SamplingParams(), CHECKPOINT, True, -4),)),
+    Add((WorkItem(KEY, (1, 2), None, SamplingParams(json_schema={"a": 1}), DETAILED, num_continuation=1),)),
     Abort((KEY, KEY)),
     Release(None),
     Release((KEY,)),
     Upcoming((ADAPTER,)),
+    Forget((ADAPTER,)),
     Shutdown(),
 ]
 FROM_ENGINE = [
@@ -52,6 +59,9 @@ FROM_ENGINE = [
     Running((KEY,)),
     Progress(KEY, (9,), (-0.25,)),
     Finished(KEY, (1, 2), (-0.5, -0.75), FinishReason.STOP),
+    Finished(KEY, (1,), (-0.5,), FinishReason.SCORED, details=DETAILS),
+    Progress(KEY, (9,), (-0.25,), DETAILS),
+    Released(KEY, DETAILED),
     Finished(KEY, (), (), None, JobError(code=ErrorCode.NUMERICAL, message="NaN logits")),
     Released(KEY, CHECKPOINT),
     EngineStats(steps=3, step_s=0.5, resident=(UUID(int=2),)),
@@ -110,3 +120,9 @@ def test_a_message_too_large_for_a_frame_is_refused_by_its_sender() -> None:
 def test_a_body_that_is_no_message_is_a_decode_error(body: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         to_engine_decoder.decode(b"\xc1" + body)
+
+
+def test_a_plain_end_has_no_word_of_details() -> None:
+    (body,) = FrameReader().feed(encode_frame(Finished(KEY, (1,), (-0.5,), FinishReason.STOP)))
+    assert b"details" not in body
+    assert b"error" not in body

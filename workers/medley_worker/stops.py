@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from medley.spec.jobs import Checkpoint
+import msgspec
+
+from medley.spec.jobs import Checkpoint, Details
 
 _REPLACEMENT = "\ufffd"  # what stands for bytes that are no character, or not yet
 # A UTF-8 character has at most 4 bytes, so one that is not complete shows as at most 3 of these. While it is not,
@@ -164,20 +166,32 @@ class StopWatch:
         self._matcher = StopMatcher(tokenizer, stops, min_tokens=min_tokens)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self._details: list[Details] = []  # of the tokens as they came, for a job that asked for more than those
+        self._num_detailed = 0  # tokens that they are of
         self.match: StopMatch | None = None
         if checkpoint is not None:
-            self.feed(checkpoint.token_ids, checkpoint.logprobs)
+            self.feed(checkpoint.token_ids, checkpoint.logprobs, checkpoint.details)
 
-    def feed(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> bool:
+    def feed(self, token_ids: Sequence[int], logprobs: Sequence[float], details: Details | None = None) -> bool:
         """Take the next tokens. True where a stop string is complete; tokens after it are dropped."""
         if self.match is None:
             self.token_ids += token_ids
             self.logprobs += logprobs
+            if details is not None:
+                self._details.append(details)
+                self._num_detailed += len(token_ids)
             self.match = self._matcher.feed(token_ids)
             self._cut()
         return self.match is not None
 
-    def finish(self, token_ids: Sequence[int], logprobs: Sequence[float], *, has_end_token: bool) -> str:
+    def finish(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        details: Details | None = None,
+        *,
+        has_end_token: bool,
+    ) -> str:
         """The output has ended by itself: all its tokens. Returns the text; `match` says whether a stop cut it.
 
         has_end_token: the last token ended the output and is no part of the text.
@@ -187,10 +201,26 @@ class StopWatch:
         if not self.feed(token_ids[num_fed:num_text], logprobs[num_fed:num_text]):
             self.match = self._matcher.finish()
             self._cut()
+        if details is not None:
+            self._details, self._num_detailed = [details], len(token_ids)
         if self.match is not None:
             return self.match.text
         self.token_ids, self.logprobs = list(token_ids), list(logprobs)
         return self._matcher.text
+
+    @property
+    def details(self) -> Details | None:
+        """Of the tokens that are kept, and of the prompt; None for a job that asked for its tokens alone."""
+        if not self._details:
+            return None
+        top_token_ids = [token for part in self._details for token in part.top_token_ids]
+        top_logprobs = [logprob for part in self._details for logprob in part.top_logprobs]
+        num_kept = len(top_token_ids) // max(1, self._num_detailed) * len(self.token_ids)
+        return msgspec.structs.replace(
+            self._details[0],  # the prompt's come with the first token
+            top_token_ids=tuple(top_token_ids[:num_kept]),
+            top_logprobs=tuple(top_logprobs[:num_kept]),
+        )
 
     def _cut(self) -> None:
         if self.match is not None:

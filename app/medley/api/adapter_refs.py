@@ -2,13 +2,14 @@
 
     name | tenant/name, either with @rev_<hex> or @<8 or more digits of the digest>
 
-A bare name means the newest revision. What the caller may not see is answered as what does not exist.
+Without either, the newest revision is meant; of another tenant's adapter, the newest that was granted.
+What the caller may not see is answered as what does not exist.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row
 
 from medley.db.adapters import NAME, read_revisions, resolve
+from medley.db.grants import read_shared
 from medley.db.tenants import Tenant
 from medley.spec.ids import REVISION, parse_id
 
@@ -36,12 +38,20 @@ class Resolved:
 @dataclass(frozen=True)
 class _Ref:
     text: str
+    owner: str | None  # None: the caller
     name: str
     pin: str | None
 
 
+@dataclass(frozen=True)
+class _Revision:
+    id: UUID
+    digest: str
+    is_quarantined: bool
+
+
 def resolve_refs(conn: Connection, tenant: Tenant, refs: Iterable[str]) -> dict[str, Resolved]:
-    """Each of `refs` resolved, in two queries and one more an adapter that is pinned to a revision."""
+    """Each of `refs` resolved, in two queries and one more an adapter of the caller's that is pinned to a revision."""
     found: dict[str, Resolved] = {}
     parsed: list[_Ref] = []
     for text in refs:
@@ -50,10 +60,15 @@ def resolve_refs(conn: Connection, tenant: Tenant, refs: Iterable[str]) -> dict[
             found[text] = Resolved(text, None, _SYNTAX)
         else:
             parsed.append(ref)
-    if parsed:
-        newest = resolve(conn, sorted({ref.name for ref in parsed}))
-        for ref in parsed:
-            found[ref.text] = _resolve_one(conn, ref, newest.get(ref.name))
+    own = resolve(conn, sorted({ref.name for ref in parsed if ref.owner is None})) if parsed else {}
+    shared = read_shared(conn, sorted({(ref.owner, ref.name) for ref in parsed if ref.owner is not None}))
+    for ref in parsed:
+        if ref.owner is None:
+            revisions = _own_revisions(conn, ref, own.get(ref.name))
+        else:
+            rows = shared.get((ref.owner, ref.name), [])
+            revisions = [_Revision(row.revision_id, row.digest, row.quarantined_at is not None) for row in rows]
+        found[ref.text] = _resolve_one(ref, revisions)
     return found
 
 
@@ -64,28 +79,34 @@ def _parse(text: str, tenant: Tenant) -> _Ref | None:
     owner, slash, name = path.rpartition("/")
     if not NAME.fullmatch(name) or (at and not (parse_id(REVISION, pin) or _DIGEST_PREFIX.fullmatch(pin))):
         return None
-    if slash and owner != tenant.name:
-        # No adapter has an empty name: another tenant's adapter looks like one that nobody has.
-        return _Ref(text, "", None)
-    return _Ref(text, name, pin or None)
+    if "\0" in owner or not owner.isascii():
+        return None
+    return _Ref(text, owner if slash and owner != tenant.name else None, name, pin or None)
 
 
-def _resolve_one(conn: Connection, ref: _Ref, adapter: Row[Any] | None) -> Resolved:
+def _own_revisions(conn: Connection, ref: _Ref, adapter: Row[Any] | None) -> list[_Revision]:
+    """What a reference to the caller's own adapter may mean, the newest first: all of them only where it is pinned."""
     if adapter is None:
-        return Resolved(ref.name, None, "an adapter of yours that exists")
-    revision, is_quarantined = adapter.revision_id, adapter.quarantined_at is not None
+        return []
+    if ref.pin is None:
+        return [_Revision(adapter.revision_id, adapter.digest, adapter.quarantined_at is not None)]
+    rows = read_revisions(conn, adapter.id)
+    return [_Revision(row.id, row.digest, row.quarantined_at is not None) for row in rows]
+
+
+def _resolve_one(ref: _Ref, revisions: Sequence[_Revision]) -> Resolved:
+    if not revisions:
+        return Resolved(ref.name, None, "an adapter of yours, or one that is shared with you")
+    revision = revisions[0]
     if ref.pin is not None:
         pinned = parse_id(REVISION, ref.pin)
-        rows = [
-            row
-            for row in read_revisions(conn, adapter.id)
-            if (row.id == pinned if pinned is not None else row.digest.startswith(ref.pin))
-        ]
-        if len(rows) != 1:
+        pin = ref.pin
+        fitting = [r for r in revisions if (r.id == pinned if pinned is not None else r.digest.startswith(pin))]
+        if len(fitting) != 1:
             return Resolved(
-                ref.name, None, "a revision of this adapter" if not rows else "digits of one revision alone"
+                ref.name, None, "a revision of this adapter" if not fitting else "digits of one revision alone"
             )
-        revision, is_quarantined = rows[0].id, rows[0].quarantined_at is not None
-    if is_quarantined:
+        revision = fitting[0]
+    if revision.is_quarantined:
         return Resolved(ref.name, None, "a revision that is not quarantined; upload a corrected one")
-    return Resolved(ref.name, revision)
+    return Resolved(ref.name, revision.id)

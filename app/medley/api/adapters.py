@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, Row
 
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, adapts, reads
 from medley.api.decoding import Query
 from medley.api.errors import InvalidRequest, NotFound, NotReady
-from medley.api.services import Services
 from medley.api.shapes import adapter_of, answer
 from medley.api.uploads import Upload
-from medley.db.adapters import NAME, NewRevision, add_revision, delete_adapter, list_adapters, read_adapter
+from medley.db.adapters import (
+    NAME,
+    NewRevision,
+    add_revision,
+    delete_adapter,
+    hold_digest,
+    list_adapters,
+    read_adapter,
+)
+from medley.db.quotas import check_adapter_room, lock_usage
 from medley.spec.adapters import AdapterHeader
 from medley.spec.base_models import BaseModel, linear_sites
 from medley.spec.errors import Fault
-from medley.spec.intake import check_upload
+from medley.spec.ids import REVISION, public_id
+from medley.spec.intake import check_upload, max_weights_bytes
 from medley.spec.strict_json import shown_name
 
 MAX_PAGE = 10_000
@@ -28,7 +38,7 @@ router = APIRouter(prefix="/v1/adapters")
 
 
 @router.put("/{name}")
-async def put(name: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def put(name: str, request: Request, who: Caller = Depends(adapts)) -> Response:
     """201 for a new revision, 200 where the same files were there. Raises InvalidRequest with every reason."""
     Query(request).end()
     if not NAME.fullmatch(name):
@@ -38,26 +48,46 @@ async def put(name: str, request: Request, who: Caller = Depends(caller)) -> Res
     base = services.base
     if base is None:
         raise NotReady("this service was started without a base model (MEDLEY_MODEL), so adapters cannot be judged")
-    with Upload(services.settings.limits.max_adapter_bytes) as upload:
+    # A full store is not first sent a gigabyte to refuse.
+    await services.sql.run(who.tenant.id, lambda conn: _check_room(conn, who, name, num_bytes=1))
+    max_bytes = min(services.settings.limits.max_adapter_bytes, max_weights_bytes(base))
+    with Upload(max_bytes) as upload:
         await upload.receive(request)
-        revision = await services.sql.call(lambda: _store(services, upload, base))
+        header = await services.take_in(lambda: _judge(upload, base))
+        num_bytes = len(upload.config) + header.size_bytes
+        await services.sql.run(who.tenant.id, lambda conn: _check_room(conn, who, name, num_bytes=num_bytes))
+        while True:
+            digest = await services.take_in(lambda: services.store.put(bytes(upload.config), upload.weights_path))
+            revision = NewRevision(digest, header.max_rank, num_tiles(header, base), num_bytes)
+            found = await services.sql.run(who.tenant.id, partial(_add, who=who, name=name, revision=revision))
+            if found is not None:  # else its files were deleted, as a deleted adapter's, between the two
+                row, is_new = found
+                return answer(adapter_of(row, who.tenant.name), 201 if is_new else 200)
 
-    def act(conn: Connection) -> tuple[Row[Any] | None, bool]:
-        _, is_new = add_revision(conn, who.tenant.id, name, revision)
-        return read_adapter(conn, name), is_new
 
-    row, is_new = await services.sql.run(who.tenant.id, act)
+def _add(conn: Connection, who: Caller, name: str, revision: NewRevision) -> tuple[Row[Any], bool] | None:
+    """The adapter with this revision, and whether that is new. None where its files are gone again."""
+    lock_usage(conn, who.tenant.id)
+    _check_room(conn, who, name, num_bytes=revision.size_bytes, digest=revision.digest)
+    hold_digest(conn, revision.digest)
+    if not who.services.store.has(revision.digest):
+        return None
+    added, is_new = add_revision(conn, who.tenant.id, name, revision)
+    who.note(conn, "adapter.upload", name, revision=public_id(REVISION, added), is_new=is_new)
+    row = read_adapter(conn, name)
     assert row is not None
-    return answer(adapter_of(row, who.tenant.name), 201 if is_new else 200)
+    return row, is_new
 
 
-def _store(services: Services, upload: Upload, base: BaseModel) -> NewRevision:
-    config = bytes(upload.config)
-    header, faults = check_upload(config, upload.weights, base)
+def _check_room(conn: Connection, who: Caller, name: str, *, num_bytes: int, digest: str | None = None) -> None:
+    check_adapter_room(conn, who.tenant.id, who.tenant.quotas, name, num_bytes=num_bytes, digest=digest)
+
+
+def _judge(upload: Upload, base: BaseModel) -> AdapterHeader:
+    header, faults = check_upload(bytes(upload.config), upload.weights, base)
     if faults or header is None:
         raise InvalidRequest.of(faults)
-    digest = services.store.put(config, upload.weights_path)
-    return NewRevision(digest, header.max_rank, num_tiles(header, base), len(config) + header.size_bytes)
+    return header
 
 
 def num_tiles(adapter: AdapterHeader, base: BaseModel) -> int:
@@ -71,7 +101,7 @@ def num_tiles(adapter: AdapterHeader, base: BaseModel) -> int:
 
 
 @router.get("")
-async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
+async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
     query = Query(request)
     limit = query.whole("limit", PAGE, low=1, high=MAX_PAGE)
     after = query.text("after")
@@ -84,7 +114,7 @@ async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
 
 
 @router.get("/{name}")
-async def read(name: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(name: str, request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
     row = None
     if NAME.fullmatch(name):
@@ -95,11 +125,18 @@ async def read(name: str, request: Request, who: Caller = Depends(caller)) -> Re
 
 
 @router.delete("/{name}")
-async def delete(name: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def delete(name: str, request: Request, who: Caller = Depends(adapts)) -> Response:
     Query(request).end()
+
+    def act(conn: Connection) -> bool:
+        is_deleted = delete_adapter(conn, name)
+        if is_deleted:
+            who.note(conn, "adapter.delete", name)
+        return is_deleted
+
     is_deleted = False
     if NAME.fullmatch(name):
-        is_deleted = await who.services.sql.run(who.tenant.id, lambda conn: delete_adapter(conn, name))
+        is_deleted = await who.services.sql.run(who.tenant.id, act)
     if not is_deleted:
         raise NotFound("adapter", name)
     return Response(status_code=204)

@@ -7,12 +7,44 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from medley.api import adapters, batches, errors, health, jobs, reports, results, sweeps, tenants, workers
+from medley.api import (
+    adapters,
+    audit,
+    batches,
+    errors,
+    grants,
+    health,
+    jobs,
+    keys,
+    openapi,
+    quotas,
+    reports,
+    results,
+    sweeps,
+    tenants,
+    workers,
+)
 from medley.api.limits import BodyLimit
+from medley.api.request_ids import RequestIds
 from medley.api.services import Services
 from medley.config import Settings
 
-ROUTERS = (health, tenants, jobs, batches, results, adapters, sweeps, reports, workers)
+ROUTERS = (
+    health,
+    tenants,
+    jobs,
+    batches,
+    results,
+    adapters,
+    grants,
+    sweeps,
+    reports,
+    workers,
+    keys,
+    quotas,
+    audit,
+    openapi,
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -28,9 +60,10 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await services.close()
 
-    # Bodies are decoded by msgspec, so FastAPI has no schema of them to show.
+    # Bodies are decoded by msgspec, so FastAPI has no schema of them to show; `openapi` has.
     app = FastAPI(title="Medley", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit, limits=settings.limits)
+    app.add_middleware(RequestIds)
     errors.install(app)
     for module in ROUTERS:
         app.include_router(module.router)

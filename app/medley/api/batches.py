@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, Row
 
 from medley.api.adapter_refs import resolve_refs
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads, submits
 from medley.api.bodies import read_whole, spool, whole_lines
 from medley.api.creating import BatchOptions, Created, create_jobs
 from medley.api.decoding import Partial, Query, decode_fields
@@ -27,9 +27,15 @@ from medley.spec.ids import BATCH, JOB, SWEEP, parse_id, public_id
 
 MAX_PAGE = 1_000
 PAGE = 100
-# A prompt's bytes as JSON may escape them, or as token ids; and the other fields of a job.
-LINE_BYTES_A_PROMPT_BYTE = 6
+# The bytes of a prompt and of a continuation as JSON may escape them, or as token ids; and a job's other fields.
+LINE_BYTES_A_PROMPT_BYTE = 12
 LINE_OVERHEAD_BYTES = 256 << 10
+
+_FLAGS: dict[Callable[[Connection, UUID], bool], str] = {
+    cancel_batch: "cancel",
+    pause_batch: "pause",
+    resume_batch: "resume",
+}
 
 router = APIRouter(prefix="/v1/batches")
 Chunks = Callable[[JobReader], Iterable[list[JobColumns]]]
@@ -46,7 +52,7 @@ class BatchBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 @router.post("")
-async def create(request: Request, who: Caller = Depends(caller)) -> Response:
+async def create(request: Request, who: Caller = Depends(submits)) -> Response:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == NDJSON:
         return await _create_from_lines(request, who)
@@ -136,7 +142,7 @@ def _options(name: str | None, priority: str, deadline_at: Any, faults: FaultLis
 
 
 @router.get("")
-async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
+async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
     before, limit = page_of(request)
     rows = await who.services.sql.run(who.tenant.id, lambda conn: list_batches(conn, before=before, limit=limit))
     batches = [batch_of(row) for row in rows]
@@ -144,13 +150,13 @@ async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
 
 
 @router.get("/{batch_id}")
-async def read(batch_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(batch_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
     return answer(batch_of(await _act(who, batch_id, None)))
 
 
 @router.post("/{batch_id}/cancel")
-async def cancel(batch_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def cancel(batch_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
     Query(request).end()
     row = await _act(who, batch_id, cancel_batch)
     who.services.ringer.ring_done(row.id)
@@ -158,13 +164,13 @@ async def cancel(batch_id: str, request: Request, who: Caller = Depends(caller))
 
 
 @router.post("/{batch_id}/pause")
-async def pause(batch_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def pause(batch_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
     Query(request).end()
     return answer(batch_of(await _act(who, batch_id, pause_batch)))
 
 
 @router.post("/{batch_id}/resume")
-async def resume(batch_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def resume(batch_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
     Query(request).end()
     row = await _act(who, batch_id, resume_batch)
     who.services.ring_pool()
@@ -178,7 +184,8 @@ async def _act(who: Caller, batch_id: str, flag: Callable[[Connection, UUID], bo
     def act(conn: Connection) -> Row[Any]:
         row = read_batch(conn, batch)
         if row is not None and flag is not None:
-            flag(conn, batch)
+            if flag(conn, batch):
+                who.note(conn, f"batch.{_FLAGS[flag]}", batch_id)
             row = read_batch(conn, batch)
         if row is None:
             raise NotFound("batch", batch_id)

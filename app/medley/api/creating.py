@@ -1,4 +1,4 @@
-"""Creates of jobs: one transaction that claims the key, writes the batch and its jobs, and adds the demand last.
+"""Creates of jobs: one transaction that claims the key, writes batch and jobs, and last what shadows the queue.
 
 Knows bodies and rows; the shape of the request (one job, an array, a file of lines) is its callers'.
 """
@@ -24,6 +24,7 @@ from medley.db.batches import (
     open_batch,
     read_job_ids,
 )
+from medley.db.quotas import check_queue_room, reserve
 from medley.db.tenants import Tenant
 from medley.spec.errors import Fault
 from medley.spec.ids import uuid7
@@ -61,14 +62,19 @@ def create_jobs(
     """Writes the batch that `chunks` hold, or finds the one that this request has made.
 
     num_sent: how many jobs there are, where that is known before they are read.
-    Raises InvalidRequest with the faults of every job, and KeyConflict; then nothing of the transaction may stand.
+    Raises InvalidRequest with the faults of every job, KeyConflict and QuotaExceeded; then nothing of the transaction
+    may stand.
     """
     batch = NewBatch(uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at)
     existing = create.claim(conn, tenant.id, batch.id)
     if existing is not None:
         ids = read_job_ids(conn, existing, MAX_LISTED_IDS + 1)
         return Created(existing, ids if len(ids) <= MAX_LISTED_IDS else None, is_replay=True)
-    open_batch(conn, batch, total=num_sent)
+    if num_sent == 0:
+        # A queue that is full is not first given a million rows to refuse.
+        check_queue_room(conn, tenant.id, tenant.quotas, num_jobs=1)
+    if not reader.faults:  # a batch with a fault may not even be storable
+        open_batch(conn, batch, total=num_sent)
     ids = []
     for columns in (part for chunk in chunks for part in chunk):
         # After the first fault the rest is only judged.
@@ -82,4 +88,5 @@ def create_jobs(
     if reader.num_jobs != num_sent:
         close_batch(conn, batch.id, reader.num_jobs)
     add_batch_demand(conn, batch, reader.lanes)
+    reserve(conn, tenant.id, tenant.quotas, batch.id, num_jobs=reader.num_jobs, num_bytes=reader.num_bytes)
     return Created(batch.id, ids if reader.num_jobs <= MAX_LISTED_IDS else None, is_replay=False)

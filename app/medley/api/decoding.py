@@ -6,6 +6,7 @@ Depth is bounded by the decoder, sizes by the body limit.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from medley.api.errors import FaultList, InvalidRequest
 from medley.spec.errors import Fault
 
 MAX_SHOWN = 80  # characters of a wrong value in a fault
+MAX_LOOKED_AT = 2 << 20  # bytes of JSON that are gone through key by key
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
 # msgspec ends its messages with where in the value it was: "Expected `int`, got `str` - at `$.a[3]`".
 _PLACE = re.compile(r" - at `\$?([^`]*)`$")
+_WHOLE = re.compile(r"-?[0-9]{1,19}")
 Data = bytes | bytearray | memoryview | msgspec.Raw
 DECODE_ERRORS = (ValueError, RecursionError)  # msgspec's errors and a bad UTF-8 sequence are ValueErrors
 
@@ -43,8 +46,11 @@ def decode_fields(data: Data, kind: type[S], *, unknown: dict[str, str] | None =
 
     Where fields are faulty the value has their defaults, and is None where one without a default is faulty.
     """
+    repeated: list[Fault] = []
+    if (twice := repeated_key(data)) is not None:
+        repeated.append(Fault(field=twice[:200], got="this field again", wanted="each field once"))
     try:
-        return Partial(msgspec.json.decode(data, type=kind))
+        return Partial(msgspec.json.decode(data, type=kind), repeated, frozenset(fault.field for fault in repeated))
     except DECODE_ERRORS:
         pass
     try:
@@ -66,7 +72,43 @@ def decode_fields(data: Data, kind: type[S], *, unknown: dict[str, str] | None =
             faults.append(Fault(field=name, got="nothing", wanted="this field"))
             bad.add(name)
     missing = any(spec.required and spec.name not in values for spec in known.values())
-    return Partial(None if missing else kind(**values), faults, frozenset(bad))
+    bad |= {fault.field for fault in repeated}
+    return Partial(None if missing else kind(**values), repeated + faults, frozenset(bad))
+
+
+class _Repeated(Exception):
+    """A key that stands twice in one object."""
+
+
+def repeated_key(data: Data) -> str | None:
+    """A key that stands twice in one object of the JSON in `data`, or None: also where `data` is no JSON.
+
+    The decoder takes the last, another reader may take the first. Of more than `MAX_LOOKED_AT` bytes the largest
+    field's value is left out, and whoever looks at its parts looks for such keys in them.
+    """
+    try:
+        if len(memoryview(data)) > MAX_LOOKED_AT:
+            fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+            name, largest = max(fields.items(), key=lambda item: len(memoryview(item[1])))
+            rest = bytes(memoryview(data)).replace(bytes(largest), b"0", 1)
+            if len(rest) > MAX_LOOKED_AT:  # no request has two fields of such a size
+                return name
+            data = rest
+        json.loads(bytes(data), object_pairs_hook=_check_unique)
+    except _Repeated as error:
+        return str(error)
+    except DECODE_ERRORS:
+        pass
+    return None
+
+
+def _check_unique(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Repeated(key)
+            seen.add(key)
 
 
 def decode_body(data: Data, kind: type[S]) -> S:
@@ -113,13 +155,14 @@ class Query:
         return self._left.get(name) or None
 
     def whole(self, name: str, default: int, *, low: int, high: int) -> int:
-        value = self.typed(name, int, f"a whole number from {low} to {high}")
-        if value is None:
+        text = self.text(name)
+        if text is None:
             return default
-        if not low <= value <= high:
+        # int() also reads blanks, underscores and other scripts' digits.
+        if _WHOLE.fullmatch(text) is None or not low <= int(text) <= high:
             self.refuse(name, f"a whole number from {low} to {high}")
             return default
-        return value
+        return int(text)
 
     def seconds(self, name: str, *, high: float) -> float:
         """Seconds from 0 to `high`; 0 where absent."""

@@ -3,9 +3,14 @@
     ApiError
       InvalidRequest  400  all faults of the request at once
       Unauthorized    401
+      Forbidden       403  the key lacks a scope
+      Closing         403  the tenant is to be deleted
       NotFound        404  another tenant's things too
       Conflict        409
       TooLarge        413
+      Encoded         415  a compressed body
+      RateLimited     429  too many requests a second
+      OverQuota       429  more than the tenant may have
       NotReady        503  try again later
 
 Knows nothing of resources.
@@ -23,10 +28,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from medley.db.batches import TenantClosing
 from medley.db.idempotency import KeyConflict
+from medley.db.quotas import QuotaExceeded
+from medley.objects import StoreUnavailable
 from medley.spec.errors import Fault
+from medley.spec.scopes import Scope
 
 MAX_FAULTS = 1_000  # listed in one answer; the message says how many more there are
+MAX_FAULTS_LOOKED_FOR = 20_000  # then the rest is not judged
 RETRY_AFTER_S = 1
 
 log = structlog.get_logger()
@@ -50,7 +60,8 @@ class InvalidRequest(ApiError):
     def of(cls, faults: FaultList | Iterable[Fault]) -> InvalidRequest:
         """The refusal that lists these."""
         found = faults if isinstance(faults, FaultList) else FaultList(faults)
-        message = f"{found.num_found} fault{'s' * (found.num_found != 1)} in the request; nothing was done"
+        at_least = "at least " if found.num_found >= MAX_FAULTS_LOOKED_FOR else ""
+        message = f"{at_least}{found.num_found} fault{'s' * (found.num_found != 1)} in the request; nothing was done"
         if found.num_found > len(found.listed):
             message += f"; the first {len(found.listed)} are listed, {found.num_found - len(found.listed)} more are not"
         return cls(message, found.listed)
@@ -62,6 +73,21 @@ class Unauthorized(ApiError):
     def __init__(self) -> None:
         message = "a valid API key is wanted: Authorization: Bearer mk_..."
         super().__init__(message, headers={"WWW-Authenticate": 'Bearer realm="medley"'})
+
+
+class Forbidden(ApiError):
+    status, code = 403, "wrong_scope"
+
+    def __init__(self, key: str, wanted: Scope, held: Iterable[str]) -> None:
+        scopes = ", ".join(scope.value for scope in Scope if scope in held)
+        super().__init__(f"this wants a key with the scope {wanted.value}; {key} has {scopes}")
+
+
+class Closing(ApiError):
+    status, code = 403, "tenant_closing"
+
+    def __init__(self) -> None:
+        super().__init__("this tenant is to be deleted and takes no new work; the operator can call the deletion off")
 
 
 class NotFound(ApiError):
@@ -83,6 +109,45 @@ class TooLarge(ApiError):
         super().__init__(message, faults, {"Connection": "close"})
 
 
+class RateLimited(ApiError):
+    status, code = 429, "rate_limited"
+
+    def __init__(self, per_s: float, window_s: int, again_s: int) -> None:
+        message = f"more than {per_s:g} requests a second over {window_s} s, the limit of this tenant; send fewer"
+        super().__init__(message, headers={"Retry-After": str(again_s)})
+
+
+class OverQuota(ApiError):
+    status, code = 429, "quota_exceeded"
+
+    def __init__(self, error: QuotaExceeded) -> None:
+        advice = _ADVICE[error.quota]
+        if error.asked > error.limit:
+            advice = "it would not fit if nothing else were there: send less at once"
+        message = (
+            f"the limit {error.quota} of this tenant is {error.limit}; {error.used} are used and {error.asked} more"
+            f" were asked for. Nothing was done: {advice}, or ask the operator for more"
+        )
+        super().__init__(message, headers={"Retry-After": str(_QUOTA_RETRY_AFTER_S[error.quota])})
+
+
+# What ends by itself is soon worth another try; what is stored stays.
+_QUOTA_RETRY_AFTER_S = {"queued_jobs": 10, "queued_bytes": 10, "adapters": 3600, "storage_bytes": 3600}
+_ADVICE = {
+    "queued_jobs": "wait until jobs have ended, or cancel some",
+    "queued_bytes": "wait until batches have finished, or cancel some",
+    "adapters": "delete adapters",
+    "storage_bytes": "store fewer or smaller adapters",
+}
+
+
+class Encoded(ApiError):
+    status, code = 415, "unsupported_encoding"
+
+    def __init__(self) -> None:
+        super().__init__("compressed bodies are not read here; send the body as it is", headers={"Connection": "close"})
+
+
 class NotReady(ApiError):
     status, code = 503, "not_ready"
 
@@ -91,7 +156,11 @@ class NotReady(ApiError):
 
 
 class FaultList:
-    """Faults as they are found: all are counted, the first `MAX_FAULTS` kept."""
+    """Faults as they are found: all are counted, the first `MAX_FAULTS` kept.
+
+    Raises InvalidRequest by itself at `MAX_FAULTS_LOOKED_FOR`: a request of nothing but faults must not be gone
+    through to its end.
+    """
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self.listed: list[Fault] = []
@@ -105,6 +174,8 @@ class FaultList:
         self.num_found += 1
         if len(self.listed) < MAX_FAULTS:
             self.listed.append(fault)
+        if self.num_found >= MAX_FAULTS_LOOKED_FOR:
+            self.raise_any()
 
     def extend(self, faults: Iterable[Fault]) -> None:
         for fault in faults:
@@ -116,19 +187,21 @@ class FaultList:
             raise InvalidRequest.of(self)
 
 
-class _Error(msgspec.Struct):
+class ErrorDetail(msgspec.Struct):
     code: str
     message: str
     faults: tuple[Fault, ...] = ()
 
 
-class _Body(msgspec.Struct):
-    error: _Error
+class ErrorBody(msgspec.Struct):
+    """Every answer that is no 2xx."""
+
+    error: ErrorDetail
 
 
 def error_response(error: ApiError) -> Response:
     """The answer for a refusal."""
-    body = _Body(_Error(error.code, error.message, error.faults))
+    body = ErrorBody(ErrorDetail(error.code, error.message, error.faults))
     return Response(msgspec.json.encode(body), error.status, error.headers, media_type="application/json")
 
 
@@ -137,8 +210,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(KeyConflict, _key_conflict)
+    app.add_exception_handler(QuotaExceeded, _over_quota)
+    app.add_exception_handler(TenantClosing, _closing)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(PoolTimeout, _database)
+    app.add_exception_handler(StoreUnavailable, _store)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
 
@@ -167,6 +243,15 @@ async def _key_conflict(_: Request, error: Exception) -> Response:
     return error_response(refused)
 
 
+async def _over_quota(_: Request, error: Exception) -> Response:
+    assert isinstance(error, QuotaExceeded)
+    return error_response(OverQuota(error))
+
+
+async def _closing(_: Request, _error: Exception) -> Response:
+    return error_response(Closing())
+
+
 async def _database(request: Request, error: Exception) -> Response:
     """A database that is away or too busy is the caller's to try again; any other fault of SQL is our bug."""
     if not isinstance(error, OperationalError | PoolTimeout):
@@ -175,9 +260,12 @@ async def _database(request: Request, error: Exception) -> Response:
     return error_response(NotReady("the database does not answer in time; try again"))
 
 
+async def _store(request: Request, error: Exception) -> Response:
+    log.warning("store.unavailable", path=request.url.path, reason=str(error))
+    return error_response(NotReady("the store does not answer in time; try again"))
+
+
 async def _bug(request: Request, error: Exception) -> Response:
-    # An SQL error prints its parameters, which hold prompts: the class and the place must do.
-    detail = {} if isinstance(error, DBAPIError) else {"exc_info": error}
     origin = type(getattr(error, "orig", error)).__name__
-    log.error("request.failed", method=request.method, path=request.url.path, error=origin, **detail)
+    log.error("request.failed", method=request.method, path=request.url.path, error=origin, exc_info=error)
     return error_response(ApiError("an internal error; it was logged"))

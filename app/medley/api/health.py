@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 
 import redis
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from medley.api.auth import anyone
 from medley.api.services import Services
 from medley.api.shapes import answer
 from medley.db.migrate import is_current
@@ -22,12 +23,12 @@ CHECK_TIMEOUT_S = 5.0
 router = APIRouter()
 
 
-@router.get("/livez")
+@router.get("/livez", dependencies=[Depends(anyone)])
 async def live() -> Response:
     return answer({"live": True})
 
 
-@router.get("/readyz")
+@router.get("/readyz", dependencies=[Depends(anyone)])
 async def ready(request: Request) -> Response:
     services: Services = request.app.state.services
     (postgres, migrations), has_redis = await asyncio.gather(_check_database(services), _check_redis(services))

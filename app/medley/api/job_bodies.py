@@ -16,13 +16,14 @@ from msgspec import UNSET, UnsetType
 from medley.api.decoding import MAX_SHOWN, Data, Partial, decode_fields
 from medley.config import Limits
 from medley.spec.errors import Fault
-from medley.spec.sampling import SamplingParams
+from medley.spec.sampling import MAX_SAMPLES, SamplingParams
 
 MAX_LABEL_CHARS = 200  # of custom_id, and of names
 TOKEN_ID_BYTES = 4  # a prompt of ids counts as many bytes towards the limit on prompts
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Priority = Annotated[str, msgspec.Meta(pattern="^(low|normal|high)$")]
+NumSamples = Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
 At = Annotated[datetime, msgspec.Meta(tz=True)]
 
 SEED = "seed"
@@ -37,9 +38,12 @@ _options: dict[str, Any] = {"kw_only": True, "forbid_unknown_fields": True, "mod
 SamplingFields: Any = msgspec.defstruct(
     "SamplingFields", [*_sampling_fields, (SEED, int | None | UnsetType, UNSET)], **_options
 )
-# `adapter`: absent takes the batch's default, null is the base.
+# `adapter`: absent takes the batch's default, null is the base. `n`: so many jobs of the one prompt.
 Defaults: Any = msgspec.defstruct(
-    "Defaults", [("adapter", str | None | UnsetType, UNSET)], bases=(SamplingFields,), **_options
+    "Defaults",
+    [("adapter", str | None | UnsetType, UNSET), ("n", NumSamples | UnsetType, UNSET)],
+    bases=(SamplingFields,),
+    **_options,
 )
 JobBody: Any = msgspec.defstruct(
     "JobBody",
@@ -47,9 +51,13 @@ JobBody: Any = msgspec.defstruct(
         ("prompt", str | None, None),
         ("prompt_token_ids", list[TokenId] | None, None),
         ("custom_id", str | None, None),
+        # One of them makes it a scoring job.
+        ("continuation", str | None, None),
+        ("continuation_token_ids", list[TokenId] | None, None),
     ],
     bases=(Defaults,),
     gc=False,  # bodies hold no cycles, and there may be a million
+    omit_defaults=True,  # so that what was sent can be told from what was not
     **_options,
 )
 # A job by itself carries what else its batch would.
@@ -63,6 +71,7 @@ SingleJob: Any = msgspec.defstruct(
 sampling_key = attrgetter(*SAMPLING_NAMES)
 
 _ON_BATCH = "no such field of a job in a batch: set it on the batch"
+SAMPLES_ELSEWHERE = "1: several samples of one prompt are a batch (POST /v1/batches)"
 _OF_BATCH = {"priority": _ON_BATCH, "deadline_at": _ON_BATCH, "sampling": "its fields beside prompt, not nested"}
 
 
@@ -76,16 +85,31 @@ def prompt_faults(prompt: str | None, token_ids: list[int] | None, limits: Limit
     if (prompt is None) == (token_ids is None):
         got = "neither" if prompt is None else "both"
         yield Fault(field="prompt", got=got, wanted="one of prompt and prompt_token_ids")
-    if prompt is not None:
-        num_bytes = len(prompt.encode())
+    yield from _text_faults("prompt", prompt, token_ids, limits)
+
+
+def continuation_faults(
+    continuation: str | None, token_ids: list[int] | None, limits: Limits, *, num_samples: int = 1
+) -> Iterator[Fault]:
+    """What is wrong with what is to be scored, where there is such a thing."""
+    if continuation is not None and token_ids is not None:
+        yield Fault(field="continuation", got="both", wanted="one of continuation and continuation_token_ids")
+    yield from _text_faults("continuation", continuation, token_ids, limits)
+    if num_samples > 1 and (continuation is not None or token_ids is not None):
+        yield Fault(field="n", got=str(num_samples), wanted="1: a continuation has one score")
+
+
+def _text_faults(field: str, text: str | None, token_ids: list[int] | None, limits: Limits) -> Iterator[Fault]:
+    if text is not None:
+        num_bytes = len(text.encode())
         if not 1 <= num_bytes <= limits.max_prompt_bytes:
             wanted = f"1 to {limits.max_prompt_bytes} bytes of UTF-8"
-            yield Fault(field="prompt", got=f"{num_bytes} bytes", wanted=wanted)
-        if "\0" in prompt:
-            yield Fault(field="prompt", got="a NUL character", wanted="text without NUL")
+            yield Fault(field=field, got=f"{num_bytes} bytes", wanted=wanted)
+        if "\0" in text:
+            yield Fault(field=field, got="a NUL character", wanted="text without NUL")
     most_ids = limits.max_prompt_bytes // TOKEN_ID_BYTES
     if token_ids is not None and not 1 <= len(token_ids) <= most_ids:
-        yield Fault(field="prompt_token_ids", got=f"{len(token_ids)} ids", wanted=f"1 to {most_ids} ids")
+        yield Fault(field=f"{field}_token_ids", got=f"{len(token_ids)} ids", wanted=f"1 to {most_ids} ids")
 
 
 def label_faults(field: str, label: str | None) -> Iterator[Fault]:

@@ -7,8 +7,9 @@ which something is wrong is gone through job by job, to name each fault.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -16,13 +17,14 @@ import msgspec
 from msgspec import UNSET
 
 from medley.api.adapter_refs import Resolved
-from medley.api.decoding import DECODE_ERRORS, Partial
+from medley.api.decoding import DECODE_ERRORS, Partial, repeated_key
 from medley.api.errors import FaultList, TooLarge
 from medley.api.job_bodies import (
     MAX_LABEL_CHARS,
     SAMPLING_NAMES,
     TOKEN_ID_BYTES,
     JobBody,
+    continuation_faults,
     decode_job,
     given,
     judge_sampling,
@@ -36,11 +38,16 @@ from medley.api.job_bodies import (
 from medley.config import Limits
 from medley.db.batches import JobColumns
 from medley.spec.errors import Fault
-from medley.spec.sampling import SEED_LIMIT
+from medley.spec.grammars import schema_text
+from medley.spec.sampling import SEED_LIMIT, sample_seed
 
 CHUNK_JOBS = 5_000  # jobs written by one statement
 
 _decoder = msgspec.json.Decoder(JobBody)
+_encoder = msgspec.json.Encoder()
+_BLANK_BEFORE_COLON = re.compile(rb'"[ \t\r\n]+:')
+_SCHEMA_AT = SAMPLING_NAMES.index("json_schema")
+Judged = tuple[str, int, list[Fault]]  # JSON, max_tokens and faults of one set of sampling fields
 Resolve = Callable[[Iterable[str]], dict[str, Resolved]]
 Locate = Callable[[int, Fault], Fault]
 
@@ -69,12 +76,13 @@ class JobReader:
     def __init__(self, defaults: Any, limits: Limits, resolve: Resolve, locate: Locate) -> None:
         self.faults = FaultList()
         self.num_jobs = 0
+        self.num_bytes = 0  # of prompts
         self.lanes: Counter[UUID | None] = Counter()  # revision -> jobs
         self._limits = limits
         self._resolve = resolve
         self._locate = locate
         self._resolved: dict[str | None, Resolved] = {None: Resolved("", None)}
-        self._samplings: dict[Any, tuple[str, int, list[Fault]]] = {}
+        self._samplings: dict[Any, Judged] = {}
         self._custom_ids: set[str] = set()
         self._take_defaults(defaults)
 
@@ -88,6 +96,7 @@ class JobReader:
             self._adapter = None
         self._sampling_defaults = given(defaults)
         self._seed = seed_of(defaults, None)
+        self._num_samples = 1 if defaults.n is UNSET else defaults.n
         _, found = judge_sampling(self._sampling_defaults | {"seed": self._seed})
         if found:
             self._sampling_defaults, self._seed = {}, None
@@ -109,8 +118,10 @@ class JobReader:
             bodies = _decoder.decode_lines(data)
         except DECODE_ERRORS:
             bodies = []
-        if len(bodies) == num_lines:
+        if len(bodies) == num_lines and not _repeats_a_key([data], bodies, data.splitlines):
             return self._read(bodies, range(first_line, first_line + num_lines))
+        if not data.strip():
+            return []
         lines = [(at, line) for at, line in enumerate(data.split(b"\n"), first_line) if line.strip()]
         return self._read_each(lines)
 
@@ -119,6 +130,8 @@ class JobReader:
         try:
             bodies = [_decoder.decode(raw) for raw in raws]
         except DECODE_ERRORS:
+            return self._read_each(list(enumerate(raws, first_index)))
+        if _repeats_a_key(raws, bodies, lambda: raws):
             return self._read_each(list(enumerate(raws, first_index)))
         return self._read(bodies, range(first_index, first_index + len(bodies)))
 
@@ -129,7 +142,7 @@ class JobReader:
             found = decode_job(data)
             self._add(place, found.faults)
             if found.value is None or found.faults:
-                self.num_jobs += 1
+                self._count(1)
                 self._judge_rest(place, found)
             else:
                 bodies.append(found.value)
@@ -146,13 +159,16 @@ class JobReader:
             self._add(place, (f for f in self._job_faults(found.value) if f.field.partition("[")[0] not in blind))
 
     def _read(self, bodies: list[Any], places: Sequence[int]) -> list[JobColumns]:
-        self.num_jobs += len(bodies)
+        self._count(sum(self._samples_of(body) for body in bodies))
+        parts = [slice(i, i + CHUNK_JOBS) for i in range(0, len(bodies), CHUNK_JOBS)]
+        return [columns for part in parts for columns in self._read_part(bodies[part], places[part])]
+
+    def _count(self, num_jobs: int) -> None:
+        self.num_jobs += num_jobs
         if self.num_jobs > self._limits.max_jobs_per_request:
             raise TooLarge(f"more than {self._limits.max_jobs_per_request} jobs, which is the limit of one request")
-        parts = [slice(i, i + CHUNK_JOBS) for i in range(0, len(bodies), CHUNK_JOBS)]
-        return [self._read_part(bodies[part], places[part]) for part in parts]
 
-    def _read_part(self, bodies: list[Any], places: Sequence[int]) -> JobColumns:
+    def _read_part(self, bodies: list[Any], places: Sequence[int]) -> Iterator[JobColumns]:
         self._learn_adapters(bodies)
         keys = _hashable([sampling_key(body) for body in bodies])
         judged = {key: self._sampling(key) for key in set(keys)}
@@ -160,20 +176,46 @@ class JobReader:
         if any(faults for _, _, faults in judged.values()) or not self._is_fit(bodies):
             for body, place in zip(bodies, places, strict=True):
                 self._add(place, self._job_faults(body))
+        nums = [self._samples_of(body) for body in bodies]
+        if max(nums, default=1) == 1:
+            yield self._columns(bodies, samplings, [seed_of(body, self._seed) for body in bodies], None)
+            return
+        at = [i for i, num in enumerate(nums) for _ in range(num)]
+        samples = [sample for num in nums for sample in range(num)]
+        seeds = [seed_of(body, self._seed) for body in bodies]
+        for start in range(0, len(at), CHUNK_JOBS):
+            part, idx = at[start : start + CHUNK_JOBS], samples[start : start + CHUNK_JOBS]
+            own = [None if (seed := seeds[i]) is None else sample_seed(seed, n) for i, n in zip(part, idx, strict=True)]
+            yield self._columns([bodies[i] for i in part], [samplings[i] for i in part], own, idx)
+
+    def _columns(
+        self, bodies: list[Any], samplings: list[Judged], seeds: list[int | None], sample_idx: list[int] | None
+    ) -> JobColumns:
         default = self._resolved[self._adapter]
         refs = [default if body.adapter is UNSET else self._resolved[body.adapter] for body in bodies]
         revisions = [ref.revision for ref in refs]
         self.lanes.update(revisions)
+        self.num_bytes += _prompt_bytes(bodies)
+        has_scored = any(_is_scored(body) for body in bodies)
         return JobColumns(
             prompts=[body.prompt for body in bodies],
             token_ids=[body.prompt_token_ids for body in bodies],
             revisions=revisions,
             adapters=[self._adapter if body.adapter is UNSET else body.adapter for body in bodies],
             samplings=[json for json, _, _ in samplings],
-            max_tokens=[max_tokens for _, max_tokens, _ in samplings],
-            seeds=[seed_of(body, self._seed) for body in bodies],
+            max_tokens=[0 if _is_scored(body) else most for body, (_, most, _) in zip(bodies, samplings, strict=True)],
+            seeds=seeds,
             custom_ids=[body.custom_id for body in bodies],
+            sample_idx=sample_idx,
+            continuations=[body.continuation for body in bodies] if has_scored else None,
+            continuation_token_ids=[body.continuation_token_ids for body in bodies] if has_scored else None,
+            est_prompt_tokens=[_scored_tokens(body) for body in bodies] if has_scored else None,
         )
+
+    def _samples_of(self, body: Any) -> int:
+        """How many jobs the body asks for."""
+        num: int = self._num_samples if body.n is UNSET else body.n
+        return 1 if body.n is UNSET and _is_scored(body) else num
 
     def _is_fit(self, bodies: list[Any]) -> bool:
         """Whether nothing but their sampling can be wrong with these. Adds their labels to those seen where so."""
@@ -182,6 +224,7 @@ class JobReader:
         seeds = [body.seed for body in bodies if body.seed is not UNSET and body.seed is not None]
         fit = (
             self._are_prompts_fit(bodies)
+            and self._are_continuations_fit([body for body in bodies if _is_scored(body)])
             and all(self._resolved[name].wanted is None for name in {self._adapter_of(body) for body in bodies})
             and (not seeds or (min(seeds) >= 0 and max(seeds) < SEED_LIMIT))
             and len(distinct) == len(labels)
@@ -200,6 +243,17 @@ class JobReader:
             return False
         if len(ids) and any(body.prompt is not None and body.prompt_token_ids is not None for body in bodies):
             return False
+        return self._are_fit(texts, ids)
+
+    def _are_continuations_fit(self, bodies: list[Any]) -> bool:
+        if not bodies:
+            return True
+        texts = [body.continuation for body in bodies if body.continuation is not None]
+        ids = [body.continuation_token_ids for body in bodies if body.continuation_token_ids is not None]
+        is_one_each = len(texts) + len(ids) == len(bodies)
+        return is_one_each and self._are_fit(texts, ids) and all(self._samples_of(body) == 1 for body in bodies)
+
+    def _are_fit(self, texts: list[str], ids: list[list[int]]) -> bool:
         most_bytes = self._limits.max_prompt_bytes
         # A character takes at most 4 bytes: only where that could matter are bytes counted.
         longest = max(map(len, texts), default=1)
@@ -216,6 +270,10 @@ class JobReader:
     def _job_faults(self, body: Any) -> Iterable[Fault]:
         """Every fault of one job whose fields decoded."""
         yield from prompt_faults(body.prompt, body.prompt_token_ids, self._limits)
+        num_samples = self._samples_of(body)
+        yield from continuation_faults(
+            body.continuation, body.continuation_token_ids, self._limits, num_samples=num_samples
+        )
         yield from label_faults("custom_id", body.custom_id)
         if body.custom_id is not None:
             if body.custom_id in self._custom_ids:
@@ -241,8 +299,8 @@ class JobReader:
         if unknown:
             self._resolved.update(self._resolve(unknown))
 
-    def _sampling(self, key: Any) -> tuple[str, int, list[Fault]]:
-        """(JSON, max_tokens, faults) of a distinct set of sampling fields."""
+    def _sampling(self, key: Any) -> Judged:
+        """Of a distinct set of sampling fields."""
         found = self._samplings.get(key)
         if found is None:
             params, faults = judge_sampling(self._sampling_defaults | _sampling_values(key))
@@ -257,13 +315,58 @@ class JobReader:
         self.faults.extend(self._locate(place, fault) for fault in faults)
 
 
+def _prompt_bytes(bodies: list[Any]) -> int:
+    texts = "".join([body.prompt for body in bodies if body.prompt is not None])
+    num_ids = sum([len(body.prompt_token_ids) for body in bodies if body.prompt_token_ids is not None])
+    return (len(texts) if texts.isascii() else len(texts.encode())) + TOKEN_ID_BYTES * num_ids
+
+
+def _repeats_a_key(
+    sent: Sequence[bytes | msgspec.Raw], bodies: list[Any], parts: Callable[[], Sequence[bytes | msgspec.Raw]]
+) -> bool:
+    """Whether a field stands twice in one of the jobs `sent`, of which the decoder has kept the last.
+
+    Keys are counted in what was sent and in what was kept; only where that differs (a null that was written out does
+    it too) is each of `parts` gone through.
+    """
+    kept = _encoder.encode_lines(bodies)
+    num_sent = sum(_num_keys(data) for data in sent)
+    if num_sent == _num_keys(kept) and not any(_BLANK_BEFORE_COLON.search(data) for data in sent):
+        return False
+    return any(repeated_key(part) is not None for part in parts())
+
+
+def _num_keys(data: bytes | msgspec.Raw) -> int:
+    """Keys of JSON, where nothing stands between a key and its colon. A quote within a text has a backslash."""
+    data = bytes(data)
+    return data.count(b'":') - data.count(b'\\":')
+
+
+def _is_scored(body: Any) -> bool:
+    return body.continuation is not None or body.continuation_token_ids is not None
+
+
+def _scored_tokens(body: Any) -> int | None:
+    """About how many tokens a scoring job has, text at 4 bytes each; None for another job."""
+    if not _is_scored(body):
+        return None
+    parts = ((body.prompt, body.prompt_token_ids), (body.continuation, body.continuation_token_ids))
+    return sum(len(ids) if ids is not None else len(text or "") // 4 + 1 for text, ids in parts)
+
+
 def _hashable(keys: list[tuple[Any, ...]]) -> list[Any]:
-    """`keys` with any logit_bias, the one field that is a dictionary, as a tuple of its items."""
+    """`keys` with what is a dictionary as what stands for it: the items of a logit_bias, the text of a schema."""
     try:
         for key in keys:
             hash(key)
     except TypeError:
-        return [tuple(_Bias(sorted(v.items())) if isinstance(v, dict) else v for v in key) for key in keys]
+        return [
+            tuple(
+                v if not isinstance(v, dict) else schema_text(v) if i == _SCHEMA_AT else _Bias(sorted(v.items()))
+                for i, v in enumerate(key)
+            )
+            for key in keys
+        ]
     return keys
 
 

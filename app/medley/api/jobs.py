@@ -6,20 +6,22 @@ from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
+from msgspec import UNSET
 from sqlalchemy import Connection, Row
 
 from medley.api.adapter_refs import resolve_refs
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads, submits
 from medley.api.bodies import read_whole
 from medley.api.creating import BatchOptions, Created, create_jobs
 from medley.api.decoding import Query, decode_fields
 from medley.api.errors import InvalidRequest, NotFound
 from medley.api.idempotency import REPLAYED, read_create
-from medley.api.job_bodies import Defaults, SingleJob
+from medley.api.job_bodies import SAMPLES_ELSEWHERE, Defaults, SingleJob
 from medley.api.job_columns import JobReader, at_top
 from medley.api.shapes import answer, job_of
 from medley.db.batches import PRIORITIES, read_job
 from medley.db.flags import cancel_job
+from medley.spec.errors import Fault
 from medley.spec.ids import JOB, parse_id
 from medley.spec.jobs import JobState
 
@@ -29,13 +31,16 @@ router = APIRouter(prefix="/v1/jobs")
 
 
 @router.post("")
-async def create(request: Request, who: Caller = Depends(caller)) -> Response:
+async def create(request: Request, who: Caller = Depends(submits)) -> Response:
     Query(request).end()
     body, digest = await read_whole(request)
     wanted = read_create(request, digest)
     found = decode_fields(body, SingleJob)
     if found.value is None:
         raise InvalidRequest.of(found.faults)
+    if found.value.n is not UNSET and found.value.n > 1:
+        found.faults.append(Fault(field="n", got=str(found.value.n), wanted=SAMPLES_ELSEWHERE))
+        found.value.n = 1
     options = BatchOptions(name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at)
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
@@ -55,7 +60,7 @@ async def create(request: Request, who: Caller = Depends(caller)) -> Response:
 
 
 @router.get("/{job_id}")
-async def read(job_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(job_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     query = Query(request)
     wait_s = query.seconds("wait", high=MAX_WAIT_S)
     query.end()
@@ -69,14 +74,15 @@ async def read(job_id: str, request: Request, who: Caller = Depends(caller)) -> 
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(job_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def cancel(job_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
     Query(request).end()
     job = _parse(job_id)
 
     def act(conn: Connection) -> Row[Any]:
         if read_job(conn, job) is None:
             raise NotFound("job", job_id)
-        cancel_job(conn, job)
+        if cancel_job(conn, job):
+            who.note(conn, "job.cancel", job_id)
         row = read_job(conn, job)
         assert row is not None
         return row

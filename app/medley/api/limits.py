@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medley.api.errors import TooLarge, error_response
+from medley.api.errors import Encoded, TooLarge, error_response
 from medley.config import Limits
 
 ADAPTERS_PATH = "/v1/adapters/"
@@ -13,7 +13,9 @@ UPLOAD_OVERHEAD_BYTES = 1 << 20
 
 
 class BodyLimit:
-    """ASGI middleware: a body beyond the limit is answered 413; a declared one before it is read."""
+    """ASGI middleware: a body beyond the limit is answered 413, a declared one before it is read; a compressed one,
+    which is small until it is read, 415.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -24,7 +26,11 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit = self._limit(scope)
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            await error_response(Encoded())(scope, receive, send)
+            return
+        declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
             await error_response(_too_large(limit))(scope, receive, send)
             return

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection
 
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads
 from medley.api.decoding import Query
 from medley.api.shapes import Batch, answer, sweep_of
 from medley.api.sweeps import with_sweep
@@ -20,12 +20,14 @@ router = APIRouter(prefix="/v1/sweeps")
 
 
 class Report(msgspec.Struct):
+    """A sweep, and a column for each of its adapters and the base."""
+
     sweep: Batch
     columns: list[ReportColumn]
 
 
 @router.get("/{sweep_id}/report")
-async def read(sweep_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(sweep_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
     return answer(await with_sweep(who, sweep_id, _report))
 

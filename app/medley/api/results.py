@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, Row
 
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads
 from medley.api.batches import parse_batch
 from medley.api.decoding import Query
 from medley.api.errors import NotFound
@@ -42,7 +42,7 @@ class _Page(msgspec.Struct):
 
 
 @router.get("/{batch_id}/results")
-async def read(batch_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(batch_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     query = Query(request)
     after = query.whole("after", 0, low=0, high=MAX_SEQ)
     limit = query.whole("limit", RESULTS, low=1, high=MAX_RESULTS)
@@ -68,7 +68,8 @@ async def _read(who: Caller, asked: _Asked, batch_id: str) -> _Page:
     def act(conn: Connection) -> tuple[Row[Any] | None, Sequence[Row[Any]]]:
         # The batch first: results that come between the two reads are then seen, and never thought to be all.
         batch = read_batch(conn, asked.batch)
-        return batch, read_results(conn, asked.batch, after=asked.after, limit=asked.limit)
+        rows = read_results(conn, asked.batch, after=asked.after, limit=asked.limit, with_details=asked.with_tokens)
+        return batch, rows
 
     batch, rows = await who.services.sql.run(who.tenant.id, act)
     if batch is None:

@@ -8,6 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from medley.api.app import create_app
+from medley.api.http_protocol import BoundedProtocol
 from medley.config import Settings
 from medley.garbage import collect_rarely
 
@@ -35,12 +36,15 @@ def make_server(settings: Settings) -> uvicorn.Server:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
+        # Only the audit log reads it; believed of anyone, it would say what its sender likes.
+        proxy_headers=settings.trusted_proxies is not None,
+        forwarded_allow_ips=settings.trusted_proxies or "",
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
     )

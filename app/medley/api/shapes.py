@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -16,8 +16,9 @@ from sqlalchemy import Row
 
 from medley.db.batches import PRIORITIES
 from medley.spec.errors import RETRYABLE
-from medley.spec.ids import BATCH, JOB, REVISION, SWEEP, public_id
+from medley.spec.ids import BATCH, GRANT, JOB, REVISION, SWEEP, public_id
 
+T = TypeVar("T")
 NDJSON = "application/x-ndjson"
 PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
 _encoder = msgspec.json.Encoder()
@@ -34,15 +35,36 @@ class JobFailure(msgspec.Struct):
     retryable: bool
 
 
-class JobResult(msgspec.Struct):
+class Score(msgspec.Struct):
+    """Of a continuation: its log-probability given the prompt, and whether greedy decoding would have written it."""
+
+    logprob: float
+    is_greedy: bool
+
+
+class Details(msgspec.Struct, kw_only=True):
+    """What a job asked for beyond its tokens. A prompt's lists begin with null: nothing is before its first token."""
+
+    top_token_ids: list[list[int]] | msgspec.UnsetType = msgspec.UNSET
+    top_logprobs: list[list[float]] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[float | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_top_token_ids: list[list[int] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_top_logprobs: list[list[float] | None] | msgspec.UnsetType = msgspec.UNSET
+
+
+class JobResult(Details, kw_only=True):
     text: str
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str | None
     usage: Usage
+    score: Score | msgspec.UnsetType = msgspec.UNSET
 
 
 class Job(msgspec.Struct, kw_only=True):
+    """A job as it stands; `result` or `error` once it has ended."""
+
     id: str
     object: Literal["job"] = "job"
     batch_id: str
@@ -55,6 +77,7 @@ class Job(msgspec.Struct, kw_only=True):
     finished_at: datetime | None
     seq: int | None
     retry_of: str | None
+    sample_idx: int | msgspec.UnsetType = msgspec.UNSET
     result: JobResult | None
     error: JobFailure | None
 
@@ -76,6 +99,8 @@ class SweepShape(msgspec.Struct):
 
 
 class Batch(msgspec.Struct, kw_only=True):
+    """A batch as it stands; `job_ids` in the order sent, in the answer to its create and where they are few."""
+
     id: str
     object: str
     name: str | None
@@ -87,6 +112,8 @@ class Batch(msgspec.Struct, kw_only=True):
     counts: Counts
     usage: Usage
     last_seq: int
+    expected_at: datetime | None  # when it will be done, as the dispatcher sees it now; null while that is not known
+    is_late: bool  # that is after its deadline
     sweep: SweepShape | None
     job_ids: list[str] | msgspec.UnsetType = msgspec.UNSET
 
@@ -105,7 +132,7 @@ class Sweep(Batch, kw_only=True):
     columns: list[Column] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Result(msgspec.Struct, kw_only=True):
+class Result(Details, kw_only=True):
     seq: int
     id: str
     state: str
@@ -113,6 +140,8 @@ class Result(msgspec.Struct, kw_only=True):
     adapter: str | None
     prompt_idx: int | None
     seed: int
+    sample_idx: int | msgspec.UnsetType = msgspec.UNSET
+    score: Score | msgspec.UnsetType = msgspec.UNSET
     text: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     logprobs: list[float] | msgspec.UnsetType = msgspec.UNSET
@@ -123,6 +152,8 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class Adapter(msgspec.Struct, kw_only=True):
+    """An adapter with its newest revision."""
+
     name: str
     object: Literal["adapter"] = "adapter"
     full_name: str
@@ -135,12 +166,30 @@ class Adapter(msgspec.Struct, kw_only=True):
     num_revisions: int
 
 
+class AdapterGrant(msgspec.Struct, kw_only=True):
+    """That another tenant may use an adapter. `revision` None: every revision of the adapter."""
+
+    id: str
+    object: Literal["adapter_grant"] = "adapter_grant"
+    adapter: str
+    tenant: str
+    revision: str | None
+    created_at: datetime
+
+
 def job_of(row: Row[Any]) -> Job:
     """From a row of `batches.read_job`."""
     result = None
     if row.state == "succeeded":
-        usage = Usage(row.prompt_tokens, row.completion_tokens)
-        result = JobResult(row.text or "", row.token_ids or [], row.logprobs or [], row.finish_reason, usage)
+        result = JobResult(
+            text=row.text or "",
+            token_ids=row.token_ids or [],
+            logprobs=row.logprobs or [],
+            finish_reason=row.finish_reason,
+            usage=Usage(row.prompt_tokens, row.completion_tokens),
+            score=_score(row),
+        )
+        _add_details(result, row)
     return Job(
         id=public_id(JOB, row.id),
         batch_id=public_id(BATCH, row.batch_id),
@@ -153,13 +202,14 @@ def job_of(row: Row[Any]) -> Job:
         finished_at=row.finished_at,
         seq=row.seq,
         retry_of=_optional_id(JOB, row.retry_of),
+        sample_idx=_or_unset(row.sample_idx),
         result=result,
         error=_failure(row),
     )
 
 
 def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
-    """From a row of `batches.read_results`."""
+    """From a row of `batches.read_results`; with tokens, of one that was read with details."""
     result = Result(
         seq=row.seq,
         id=public_id(JOB, row.id),
@@ -168,6 +218,8 @@ def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
         adapter=row.adapter,
         prompt_idx=row.prompt_idx,
         seed=row.seed,
+        sample_idx=_or_unset(row.sample_idx),
+        score=_score(row),
         text=row.text,
         finish_reason=row.finish_reason,
         usage=Usage(row.prompt_tokens, row.completion_tokens),
@@ -176,7 +228,35 @@ def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
     )
     if with_tokens:
         result.token_ids, result.logprobs = row.token_ids or [], row.logprobs or []
+        _add_details(result, row)
     return result
+
+
+def _score(row: Row[Any]) -> Score | msgspec.UnsetType:
+    # A sum of the lowest float32s is still a double.
+    return msgspec.UNSET if row.is_greedy is None else Score(sum(row.logprobs), row.is_greedy)
+
+
+def _add_details(into: Details, row: Row[Any]) -> None:
+    if row.top_token_ids is not None:
+        num = len(row.token_ids or ())
+        into.top_token_ids, into.top_logprobs = _by_place(row.top_token_ids, num), _by_place(row.top_logprobs, num)
+    if row.prompt_logprobs is not None:
+        num = len(row.prompt_logprobs)
+        into.prompt_token_ids, into.prompt_logprobs = row.prompt_token_ids, [None, *row.prompt_logprobs]
+        if row.prompt_top_token_ids is not None:
+            into.prompt_top_token_ids = [None, *_by_place(row.prompt_top_token_ids, num)]
+            into.prompt_top_logprobs = [None, *_by_place(row.prompt_top_logprobs, num)]
+
+
+def _by_place(flat: list[T], num_places: int) -> list[list[T]]:
+    """As many of `flat` for each place."""
+    k = len(flat) // max(1, num_places)
+    return [flat[i * k : (i + 1) * k] for i in range(num_places)]
+
+
+def _or_unset(value: T | None) -> T | msgspec.UnsetType:
+    return msgspec.UNSET if value is None else value
 
 
 def batch_of(row: Row[Any]) -> Batch:
@@ -215,6 +295,8 @@ def _batch_fields(row: Row[Any]) -> dict[str, Any]:
         "counts": Counts(row.total, row.total - num_ended, row.succeeded, row.failed, row.cancelled, row.expired),
         "usage": Usage(row.prompt_tokens, row.completion_tokens),
         "last_seq": row.last_seq,
+        "expected_at": row.expected_at,
+        "is_late": bool(row.is_late),
     }
 
 
@@ -238,6 +320,32 @@ def adapter_of(row: Row[Any], tenant_name: str) -> Adapter:
         created_at=row.created_at,
         state="ready" if row.quarantined_at is None else "quarantined",
         num_revisions=row.num_revisions,
+    )
+
+
+def shared_adapter_of(row: Row[Any], num_revisions: int) -> Adapter:
+    """From a row of `grants.read_shared`."""
+    return Adapter(
+        name=row.name,
+        full_name=f"{row.owner}/{row.name}",
+        revision=public_id(REVISION, row.revision_id),
+        digest=row.digest,
+        max_rank=row.max_rank,
+        size_bytes=row.size_bytes,
+        created_at=row.created_at,
+        state="ready" if row.quarantined_at is None else "quarantined",
+        num_revisions=num_revisions,
+    )
+
+
+def grant_of(row: Row[Any]) -> AdapterGrant:
+    """From a row of `grants.list_grants`."""
+    return AdapterGrant(
+        id=public_id(GRANT, row.id),
+        adapter=row.name,
+        tenant=row.grantee,
+        revision=_optional_id(REVISION, row.revision_id),
+        created_at=row.created_at,
     )
 
 

@@ -32,17 +32,19 @@ class Sql:
 
     async def run(self, tenant: UUID, act: Callable[[Connection], T]) -> T:
         """`act` in one transaction that sees `tenant`'s rows alone; committed before this returns."""
-
-        def work() -> T:
-            with tenant_transaction(self.engine, tenant) as conn:
-                return act(conn)
-
-        return await self.call(work)
+        return await self._run(tenant, act, keeps_plans=True)
 
     async def run_bulk(self, tenant: UUID, act: Callable[[Connection], T]) -> T:
         """`run` for work that takes long; `NUM_BULK` at a time."""
         async with self._bulk:
-            return await self.run(tenant, act)
+            return await self._run(tenant, act, keeps_plans=False)
+
+    async def _run(self, tenant: UUID, act: Callable[[Connection], T], *, keeps_plans: bool) -> T:
+        def work() -> T:
+            with tenant_transaction(self.engine, tenant, keeps_plans=keeps_plans) as conn:
+                return act(conn)
+
+        return await self.call(work)
 
     async def run_unbound(self, act: Callable[[Connection], T]) -> T:
         """`act` in one transaction that has no tenant yet."""

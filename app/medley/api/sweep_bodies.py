@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from medley.api.decoding import DECODE_ERRORS, Data, decode_fields
+from medley.api.decoding import DECODE_ERRORS, Data, decode_fields, repeated_key
 from medley.api.errors import FaultList, InvalidRequest
 from medley.api.job_bodies import (
     At,
     Priority,
     SamplingFields,
     TokenId,
+    continuation_faults,
     given,
     judge_sampling,
     label_faults,
@@ -44,6 +46,15 @@ class PromptBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=Fa
     expected: str | None = None
     custom_id: str | None = None
     adapter: str | None = None
+    # Absent and not null where there is none: the digest of a sweep without them is what it was before there were any.
+    continuation: str | UnsetType = UNSET
+    continuation_token_ids: list[TokenId] | UnsetType = UNSET
+
+    @property
+    def scored(self) -> tuple[str | None, list[int] | None]:
+        """What is to be scored: text, or token ids."""
+        text, ids = self.continuation, self.continuation_token_ids
+        return (None if text is UNSET else text), (None if ids is UNSET else ids)
 
 
 _SweepBody: Any = msgspec.defstruct(
@@ -87,6 +98,9 @@ def read_sweep(data: Data, limits: Limits) -> SweepRequest:
     if found.value is None:
         raise InvalidRequest.of(faults)
     body = found.value
+    if len(body.prompts) > limits.max_jobs_per_request:
+        wanted = f"at most {limits.max_jobs_per_request}"
+        raise InvalidRequest.of([Fault(field="prompts", got=f"{len(body.prompts)} prompts", wanted=wanted)])
     prompts = [_read_prompt(raw, f"prompts[{i}]", faults) for i, raw in enumerate(body.prompts)]
     _judge_prompts(prompts, limits, faults)
     faults.extend(_seed_faults(body.seeds, body))
@@ -115,7 +129,10 @@ def read_sweep(data: Data, limits: Limits) -> SweepRequest:
 def _read_prompt(raw: msgspec.Raw, at: str, faults: FaultList) -> PromptBody | None:
     try:
         value = _prompt_decoder.decode(raw)
+        is_sound = isinstance(value, str) or repeated_key(raw) is None
     except DECODE_ERRORS:
+        is_sound = False
+    if not is_sound:
         found = decode_fields(raw, PromptBody)
         for fault in found.faults:
             field = at if fault.field == "body" else f"{at}.{fault.field}"
@@ -133,6 +150,7 @@ def _judge_prompts(prompts: list[PromptBody | None], limits: Limits, faults: Fau
             continue
         found = [
             *prompt_faults(prompt.prompt, prompt.prompt_token_ids, limits),
+            *continuation_faults(*prompt.scored, limits),
             *label_faults("custom_id", prompt.custom_id),
             *_expected_faults(prompt.expected, limits),
         ]

@@ -9,11 +9,12 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
+import psycopg
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import IntegrityError
 
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads, submits
 from medley.api.batches import page_of
 from medley.api.bodies import read_whole
 from medley.api.decoding import Query
@@ -24,6 +25,8 @@ from medley.api.shapes import Column, Sweep, answer, sweep_of
 from medley.api.sweep_bodies import SweepRequest, read_sweep
 from medley.db.adapters import list_adapters
 from medley.db.batches import PRIORITIES, NewBatch, list_sweeps, read_batch
+from medley.db.grants import list_shared
+from medley.db.quotas import check_queue_room, reserve
 from medley.db.sweeps import NewSweep, SweepColumn, SweepPrompt, create_sweep, find_sweep, read_columns
 from medley.db.tenants import Tenant
 from medley.rings import EXPAND_TASK
@@ -37,7 +40,7 @@ router = APIRouter(prefix="/v1/sweeps")
 
 
 @router.post("")
-async def create(request: Request, who: Caller = Depends(caller)) -> Response:
+async def create(request: Request, who: Caller = Depends(submits)) -> Response:
     """201 for a new sweep; 200 for the one of that name with the same definition, which goes on."""
     Query(request).end()
     data, digest = await read_whole(request)
@@ -51,12 +54,25 @@ async def create(request: Request, who: Caller = Depends(caller)) -> Response:
 
     try:
         sweep, is_new, is_replay = await who.services.sql.run_bulk(who.tenant.id, act)
-    except IntegrityError:
+    except IntegrityError as first:
+        if not _is_name_taken(first):
+            raise
         # Another request took the name between our look and our write; now it is there to be found.
-        sweep, is_new, is_replay = await who.services.sql.run_bulk(who.tenant.id, act)
+        try:
+            sweep, is_new, is_replay = await who.services.sql.run_bulk(who.tenant.id, act)
+        except IntegrityError as second:
+            if not _is_name_taken(second):
+                raise
+            message = f"the last sweep {asked.name!r} is kept no longer and is being removed; try again in a minute"
+            raise Conflict(message) from None
     if is_new:
         who.services.ringer.send_task(EXPAND_TASK, sweep.id.removeprefix("sweep_"))
     return answer(sweep, 201 if is_new or is_replay else 200, REPLAYED if is_replay else None)
+
+
+def _is_name_taken(error: IntegrityError) -> bool:
+    constraint = error.orig.diag.constraint_name if isinstance(error.orig, psycopg.Error) else None
+    return constraint == "sweeps_tenant_id_name_key"
 
 
 def _create(
@@ -88,25 +104,36 @@ def _create(
         faults.add(Fault(field="prompts", got=f"{new.num_cells} jobs in all", wanted=f"1 to {max_cells}"))
         faults.raise_any()
     batch = NewBatch(sweep, tenant.id, pool, asked.name, PRIORITIES[asked.priority], asked.deadline_at)
+    check_queue_room(conn, tenant.id, tenant.quotas, num_jobs=new.num_cells)
     create_sweep(conn, batch, new)
+    reserve(conn, tenant.id, tenant.quotas, sweep, num_jobs=new.num_cells, num_bytes=new.num_bytes)
     return sweep, True, False
 
 
 def _columns(conn: Connection, tenant: Tenant, asked: SweepRequest, faults: FaultList) -> list[SweepColumn]:
     """The adapters that the patterns match, by name, at their newest revisions; then the base."""
-    rows = list_adapters(conn, limit=MAX_ADAPTERS) if asked.patterns else []
+    own = list_adapters(conn, limit=MAX_ADAPTERS) if asked.patterns else []
+    named = [(row.name, f"{tenant.name}/{row.name}", row) for row in own]
+    # Others' adapters go by their whole name alone, so that a pattern without a tenant never takes them.
+    shared = list_shared(conn, limit=MAX_ADAPTERS) if any("/" in pattern for pattern in asked.patterns) else []
+    named += [(f"{row.owner}/{row.name}", f"{row.owner}/{row.name}", row) for row in shared]
     chosen: dict[str, SweepColumn] = {}
     for i, pattern in enumerate(asked.patterns):
-        matched = [r for r in rows if fnmatchcase(r.name, pattern) or fnmatchcase(f"{tenant.name}/{r.name}", pattern)]
+        matched = [
+            (label, row)
+            for label, full_name, row in named
+            if ("/" in pattern and fnmatchcase(full_name, pattern))
+            or ("/" not in label and fnmatchcase(label, pattern))
+        ]
         if not matched:
-            wanted = "a name or pattern that matches an adapter of yours"
+            wanted = "a name or pattern that matches an adapter of yours, or one that is shared with you"
             faults.add(Fault(field=f"adapters[{i}]", got=shown_value(pattern), wanted=wanted))
-        for row in matched:
+        for label, row in matched:
             if row.quarantined_at is not None:
-                got = f"{row.name}, which is quarantined"
+                got = f"{label}, which is quarantined"
                 wanted = "adapters whose newest revision is not; upload a corrected one"
                 faults.add(Fault(field=f"adapters[{i}]", got=got, wanted=wanted))
-            chosen[row.name] = SweepColumn(row.name, row.revision_id)
+            chosen[label] = SweepColumn(label, row.revision_id)
     base = [SweepColumn(None, None)] if asked.include_base else []
     return [chosen[name] for name in sorted(chosen)] + base
 
@@ -118,12 +145,14 @@ def _prompts(asked: SweepRequest, tenant: Tenant, columns: set[str | None], faul
         if only is not None and only not in columns:
             wanted = "an adapter that the sweep's patterns match"
             faults.add(Fault(field=f"prompts[{i}].adapter", got=shown_value(body.adapter), wanted=wanted))
-        prompts.append(SweepPrompt(body.prompt, body.prompt_token_ids, body.expected, body.custom_id, only))
+        prompts.append(
+            SweepPrompt(body.prompt, body.prompt_token_ids, body.expected, body.custom_id, only, *body.scored)
+        )
     return prompts
 
 
 @router.get("")
-async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
+async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
     before, limit = page_of(request)
     rows = await who.services.sql.run(who.tenant.id, lambda conn: list_sweeps(conn, before=before, limit=limit))
     sweeps = [sweep_of(row, msgspec.UNSET) for row in rows]
@@ -131,7 +160,7 @@ async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
 
 
 @router.get("/{sweep_id}")
-async def read(sweep_id: str, request: Request, who: Caller = Depends(caller)) -> Response:
+async def read(sweep_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
     return answer(await with_sweep(who, sweep_id, _read))
 

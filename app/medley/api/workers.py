@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Row
 
-from medley.api.auth import Caller, caller
+from medley.api.auth import Caller, reads
 from medley.api.decoding import Query
 from medley.api.shapes import answer
 from medley.db.workers import read_workers
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/workers")
 
 
 @router.get("")
-async def list_all(request: Request, who: Caller = Depends(caller)) -> Response:
+async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
     pool = who.services.settings.pool
     rows = await who.services.sql.run(who.tenant.id, lambda conn: read_workers(conn, pool))

@@ -1,4 +1,4 @@
-"""`medley adapters add|list|show|delete`."""
+"""`medley adapters add|list|show|share|unshare|grants|delete`."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ def add(session: Session, folder: Path, name: str | None, parallel: int) -> None
 
 
 @adapters.command(name="list")
+@click.option("--shared", is_flag=True, help="Those that other tenants share with this one.")
 @service_command
-def list_adapters(session: Session) -> None:
+def list_adapters(session: Session, shared: bool) -> None:
     """List the adapters, each with its newest revision."""
     with session.client() as client:
-        session.show_rows(client.adapters.list(), ("name", "state", "rank", "bytes", "revision"), _row)
+        found = client.adapters.list_shared() if shared else client.adapters.list()
+        session.show_rows(found, ("name", "state", "rank", "bytes", "revision"), _row)
 
 
 @adapters.command()
@@ -73,6 +75,39 @@ def show(session: Session, name: str) -> None:
     with session.client() as client:
         adapter = client.adapters.get(name)
         session.show(adapter, "\n".join(f"{key}: {getattr(adapter, key)}" for key in adapter.__struct_fields__))
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("tenant")
+@click.option("--revision", help="This revision alone; every one, those to come too, where none is given.")
+@service_command
+def share(session: Session, name: str, tenant: str, revision: str | None) -> None:
+    """Let TENANT use the adapter NAME, for which its jobs say `<your tenant>/NAME`."""
+    with session.client() as client:
+        grant = client.adapters.share(name, tenant, revision=revision)
+        session.show(grant, f"{name}{f'@{revision}' if revision else ''} is shared with {tenant}")
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("tenant")
+@click.option("--revision", help="This revision alone; everything where none is given.")
+@service_command
+def unshare(session: Session, name: str, tenant: str, revision: str | None) -> None:
+    """Share NAME with TENANT no longer: its jobs that wait fail, those that run end by themselves."""
+    with session.client() as client:
+        client.adapters.unshare(name, tenant, revision=revision)
+        session.show({"adapter": name, "unshared": tenant}, f"{name} is not shared with {tenant} any more")
+
+
+@adapters.command()
+@click.argument("name")
+@service_command
+def grants(session: Session, name: str) -> None:
+    """List with whom an adapter is shared."""
+    with session.client() as client:
+        session.show_rows(client.adapters.grants(name), ("tenant", "revision"), lambda g: (g.tenant, g.revision or "*"))
 
 
 @adapters.command()

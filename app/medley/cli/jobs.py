@@ -18,6 +18,7 @@ from medley.client.types import BatchStatus
 @click.argument("prompt", required=False)
 @click.option("--file", "path", type=click.Path(exists=True, dir_okay=False), help="A JSONL file, a job a line.")
 @click.option("--adapter", help="The adapter's name; the base model where none is given.")
+@click.option("--continuation", help="A text to be scored after PROMPT; nothing is generated.")
 @click.option("--name", help="A label for the batch.")
 @click.option("--priority", type=click.Choice(["low", "normal", "high"]))
 @click.option("--wait/--no-wait", default=None, help="Wait for the result (default for a single prompt).")
@@ -30,6 +31,8 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
         raise click.UsageError("give either a PROMPT or --file")
     if prompt is not None and options["name"] is not None:
         raise click.UsageError("--name labels a batch; a single prompt has none")
+    if path is not None and options.pop("continuation") is not None:
+        raise click.UsageError("--continuation is of a single prompt; a line of a file has its own")
     with session.client(retries=MANY_RETRIES) as client:
         if path is not None:
             batch = client.submit_file(path, **options, **sampling)
@@ -49,7 +52,8 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
             if session.as_json:
                 session.show(error.status, "")
             raise
-        session.show(job.status, completion.text)
+        score = completion.score
+        session.show(job.status, completion.text if score is None else f"{score.logprob:.6f}\t{score.is_greedy}")
 
 
 @click.command()

@@ -13,7 +13,13 @@ import sys
 import click
 
 from medley import logs
-from medley.config import ConfigError, Settings, database_url_from_env, log_format_from_env
+from medley.config import (
+    ConfigError,
+    Settings,
+    database_url_from_env,
+    log_format_from_env,
+    role_passwords_from_env,
+)
 from medley.health import is_alive
 from medley.local.processes import Health, process
 
@@ -61,14 +67,22 @@ def worker() -> None:
 
 
 @click.command()
-def migrate() -> None:
+@click.option(
+    "--restored", is_flag=True, help="The database comes from a backup: end what its workers and leaders held."
+)
+def migrate(restored: bool) -> None:
     """Bring the database to the newest schema (as medley_owner)."""
     from medley.db.migrate import upgrade
+    from medley.db.recovery import fence
 
     url = database_url_from_env()
     if url is None:
         raise ConfigError("MEDLEY_DATABASE_URL", None, "the URL of the role medley_owner")
+    # The migrations read these two, and know nothing of files.
+    os.environ.update(role_passwords_from_env())
     logs.configure("migrate", format=log_format_from_env())
+    if restored:
+        fence(url)
     upgrade(url)
 
 

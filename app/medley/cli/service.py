@@ -126,6 +126,9 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("--presence-penalty", float, "Taken once from tokens of the output."),
     ("--frequency-penalty", float, "Taken for each time a token is in the output."),
     ("--seed", int, "Makes drawn tokens repeatable."),
+    ("--top-logprobs", int, "Alternatives beside each token, with their log-probabilities."),
+    ("--prompt-logprobs", int, "The prompt's log-probabilities, with so many alternatives."),
+    ("--regex", str, "What the whole answer must match."),
 )
 
 
@@ -140,6 +143,10 @@ def sampling_options(command: F) -> F:
             options.pop(name, None)
         if stop := options.pop("stop"):
             sampling["stop"] = list(stop)
+        if choice := options.pop("choice"):
+            sampling["choice"] = list(choice)
+        if (schema := options.pop("json_schema")) is not None:
+            sampling["json_schema"] = schema.read()
         if options.pop("ignore_eos"):
             sampling["ignore_eos"] = True
         return command(*args, sampling=sampling, **options)
@@ -147,6 +154,9 @@ def sampling_options(command: F) -> F:
     decorated: Any = wrapped
     decorated = click.option("--ignore-eos", is_flag=True, help="Go on past the model's end.")(decorated)
     decorated = click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated.")(decorated)
+    decorated = click.option("--choice", multiple=True, help="A text the answer may be; repeated.")(decorated)
+    schema = click.File(encoding="utf-8")
+    decorated = click.option("--json-schema", type=schema, help="A JSON schema's file: the answer obeys it.")(decorated)
     for flag, kind, help_text in reversed(_SAMPLING):
         decorated = click.option(flag, type=kind, help=help_text)(decorated)
     return decorated  # type: ignore[no-any-return]

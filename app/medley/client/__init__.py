@@ -8,16 +8,30 @@ from medley.client.errors import (
     Authentication,
     Conflict,
     Connection,
+    Forbidden,
     InvalidRequest,
     JobEnded,
     MedleyError,
     NotFound,
+    OverLimit,
     Timeout,
     TooLarge,
 )
 from medley.client.jobs import Job
+from medley.client.keys import Keys
 from medley.client.sweeps import Sweep
-from medley.client.types import Adapter, BatchStatus, Completion, Counts, Failure, JobStatus, Result, SweepReport
+from medley.client.types import (
+    Adapter,
+    BatchStatus,
+    Completion,
+    Counts,
+    Failure,
+    JobStatus,
+    Key,
+    Result,
+    Score,
+    SweepReport,
+)
 
 __all__ = [
     "APIError",
@@ -32,13 +46,18 @@ __all__ = [
     "Connection",
     "Counts",
     "Failure",
+    "Forbidden",
     "InvalidRequest",
     "Job",
     "JobEnded",
     "JobStatus",
+    "Key",
+    "Keys",
     "MedleyError",
     "NotFound",
+    "OverLimit",
     "Result",
+    "Score",
     "Sweep",
     "SweepReport",
     "Timeout",

@@ -1,8 +1,8 @@
-"""A tenant's adapters: upload, alone or a folder of folders at once, list, show, delete."""
+"""A tenant's adapters: upload, alone or a folder of folders at once, list, show, share, delete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import msgspec
 
 from medley.client.errors import APIError
 from medley.client.transport import Transport, decode, segment
-from medley.client.types import Adapter
+from medley.client.types import Adapter, AdapterGrant
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
 from medley.spec.revisions import revision_digest
 
@@ -21,6 +21,10 @@ PAGE = 1_000
 class _Page(msgspec.Struct):
     adapters: list[Adapter]
     next: str | None = None
+
+
+class _Grants(msgspec.Struct):
+    grants: tuple[AdapterGrant, ...]
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,47 @@ class Adapters:
 
     def list(self) -> Iterator[Adapter]:
         """Every adapter of the tenant, by name."""
+        return self._pages("/v1/adapters", lambda adapter: adapter.name)
+
+    def list_shared(self) -> Iterator[Adapter]:
+        """Every adapter that other tenants share with this one; jobs name it by its `full_name`."""
+        return self._pages("/v1/shared-adapters", lambda adapter: adapter.full_name)
+
+    def _pages(self, path: str, place: Callable[[Adapter], str]) -> Iterator[Adapter]:
         after: str | None = None
         while True:
-            page = self._transport.get(_Page, "/v1/adapters", {"after": after, "limit": PAGE})
+            page = self._transport.get(_Page, path, {"after": after, "limit": PAGE})
             yield from page.adapters
             if page.next is None:
                 return
-            after = page.next
+            after = place(page.adapters[-1])
 
     def get(self, name: str) -> Adapter:
-        """Raises NotFound."""
+        """One adapter; another tenant's, where it is shared, as `tenant/name`. Raises NotFound."""
+        owner, slash, own = name.rpartition("/")
+        if slash:
+            return self._transport.get(Adapter, f"/v1/shared-adapters/{segment(owner)}/{segment(own)}")
         return self._transport.get(Adapter, f"/v1/adapters/{segment(name)}")
+
+    def share(self, name: str, tenant: str, *, revision: str | None = None) -> AdapterGrant:
+        """Lets another tenant use the adapter, all revisions or one. Again, it changes nothing.
+
+        Raises NotFound for the adapter, InvalidRequest for a tenant or revision that there is not.
+        """
+        body = {"tenant": tenant, "revision": revision}
+        return self._transport.post(AdapterGrant, f"/v1/adapters/{segment(name)}/grants", body)
+
+    def grants(self, name: str) -> Sequence[AdapterGrant]:
+        """Who may use the adapter. Raises NotFound."""
+        return self._transport.get(_Grants, f"/v1/adapters/{segment(name)}/grants").grants
+
+    def unshare(self, name: str, tenant: str, *, revision: str | None = None) -> None:
+        """Ends sharing with a tenant, of everything or of one revision: its jobs that wait fail with
+        `adapter_revoked`, those that run end by themselves. Raises NotFound.
+        """
+        params = {} if revision is None else {"revision": revision}
+        path = f"/v1/adapters/{segment(name)}/grants/{segment(tenant)}"
+        self._transport.request("DELETE", path, params=params)
 
     def delete(self, name: str) -> None:
         """Hides the adapter from new jobs; jobs that name it already run to their end. Raises NotFound."""

@@ -61,7 +61,8 @@ class Batch:
             page = self.page(after=after, wait=wait, include_tokens=include_tokens)
             yield from page.results
             after = page.next
-            if page.finished or (not follow and len(page.results) < PAGE):
+            # A page with large results is shorter than asked for: only an empty one says that there are no more.
+            if page.finished or (not follow and not page.results):
                 return
             if left_s == 0:
                 raise self._timeout(timeout)

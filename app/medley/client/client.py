@@ -14,11 +14,13 @@ import msgspec
 from medley.client.adapters import Adapters
 from medley.client.batches import Batch
 from medley.client.jobs import Job
+from medley.client.keys import Keys
 from medley.client.sweeps import Sweep
 from medley.client.transport import Transport, decode, segment
-from medley.client.types import BatchStatus, JobStatus, Result, WorkerStatus
+from medley.client.types import AuditEntry, BatchStatus, JobStatus, Limits, Result, WorkerStatus
 
 JobFields = Mapping[str, Any]  # prompt or prompt_token_ids, adapter, custom_id, and sampling fields
+AUDIT_PAGE = 1_000
 LINES_FROM = 2_000  # jobs from which a batch travels as a JSONL stream instead of one JSON body
 
 
@@ -28,6 +30,11 @@ class _Workers(msgspec.Struct):
 
 class _Tenant(msgspec.Struct):
     name: str
+
+
+class _Audit(msgspec.Struct):
+    entries: list[AuditEntry]
+    next: int | None = None
 
 
 class _Batches(msgspec.Struct):
@@ -46,12 +53,14 @@ class Client:
     def __init__(self, base_url: str, api_key: str, *, timeout: float = 90.0, retries: int = 6) -> None:
         self._transport = Transport(base_url, api_key, timeout_s=timeout, retries=retries)
         self.adapters = Adapters(self._transport)
+        self.keys = Keys(self._transport)
 
     def submit(
         self,
         prompt: str | Sequence[int],
         *,
         adapter: str | None = None,
+        continuation: str | Sequence[int] | None = None,
         custom_id: str | None = None,
         priority: str | None = None,
         deadline_at: datetime | None = None,
@@ -60,9 +69,11 @@ class Client:
     ) -> Job:
         """Submits one job: a prompt as text or token ids, an adapter's name (None: the base model), sampling fields.
 
-        On return the job is durable. Raises InvalidRequest with every fault.
+        continuation: text or token ids that are scored given the prompt; nothing is generated then, and the result
+        has a `score`. Among the sampling fields are top_logprobs and prompt_logprobs, and json_schema, regex or
+        choice for what the text must be. On return the job is durable. Raises InvalidRequest with every fault.
         """
-        body = _job_fields(prompt, adapter, custom_id) | sampling
+        body = _job_fields(prompt, adapter, custom_id) | _either("continuation", continuation) | sampling
         body |= _present(priority=priority, deadline_at=deadline_at)
         return Job(self._transport, self._transport.post(JobStatus, "/v1/jobs", body, key=_key(idempotency_key)))
 
@@ -79,8 +90,9 @@ class Client:
     ) -> Batch:
         """Submits many jobs as one batch: all are queued, or none and InvalidRequest lists every fault.
 
-        Each is a prompt, or a mapping of prompt (or prompt_token_ids), adapter, custom_id and sampling fields;
-        `adapter` and `sampling` given here are the defaults.
+        Each is a prompt, or a mapping of prompt (or prompt_token_ids), continuation (or continuation_token_ids) for
+        what is only to be scored, adapter, custom_id and sampling fields; `adapter` and `sampling` given here are the
+        defaults. n=3 makes three jobs of each prompt, told apart by `sample_idx`, with seeds of their own.
         """
         if isinstance(jobs, str):
             raise TypeError("jobs: got one text, wanted several; Client.submit takes one")
@@ -134,8 +146,9 @@ class Client:
     ) -> Sweep:
         """Declares prompts x adapters as one durable job; the service expands it. The same call again resumes it.
 
-        prompts: texts, or mappings of prompt (or prompt_token_ids), expected, custom_id, and adapter for a prompt
-        that concerns one adapter (and the base) alone. adapters: names and patterns such as "acme/*". expected:
+        prompts: texts, or mappings of prompt (or prompt_token_ids), continuation (or continuation_token_ids) for what
+        is only to be scored, expected, custom_id, and adapter for a prompt that concerns one adapter (and the base)
+        alone. adapters: names and patterns such as "acme/*". expected:
         what each prompt's answer must equal, in the order of `prompts`. include_base: the base model as a column.
         Raises Conflict where the name belongs to a different sweep.
         """
@@ -206,6 +219,22 @@ class Client:
         """The name of the key's tenant."""
         return self._transport.get(_Tenant, "/v1/tenant").name
 
+    def limits(self) -> Limits:
+        """What the key's tenant may have, and what it has."""
+        return self._transport.get(Limits, "/v1/limits")
+
+    def audit(self, *, limit: int | None = None) -> Iterator[AuditEntry]:
+        """What was changed by hand, newest first: all, or the newest `limit`. It takes a key with the scope admin."""
+        before: int | None = None
+        while limit is None or limit > 0:
+            size = AUDIT_PAGE if limit is None else min(limit, AUDIT_PAGE)
+            page = self._transport.get(_Audit, "/v1/audit", {"before": before, "limit": size})
+            yield from page.entries
+            if page.next is None:
+                return
+            before = page.next
+            limit = None if limit is None else limit - len(page.entries)
+
     def close(self) -> None:
         self._transport.close()
 
@@ -243,12 +272,16 @@ def _joined(lines: Iterable[bytes], size: int = 1 << 18) -> Iterator[bytes]:
 
 
 def _job_fields(prompt: str | Sequence[int], adapter: str | None, custom_id: str | None) -> dict[str, Any]:
-    body: dict[str, Any] = (
-        {"prompt": prompt}
-        if isinstance(prompt, str)
-        else {"prompt_token_ids": [operator.index(token) for token in prompt]}
-    )
-    return body | _present(adapter=adapter, custom_id=custom_id)
+    return _either("prompt", prompt) | _present(adapter=adapter, custom_id=custom_id)
+
+
+def _either(name: str, value: str | Sequence[int] | None) -> dict[str, Any]:
+    """`value` under the name that its kind has, text or token ids; nothing for None."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {name: value}
+    return {f"{name}_token_ids": [operator.index(token) for token in value]}
 
 
 def _present(**fields: Any) -> dict[str, Any]:

@@ -7,9 +7,11 @@ MedleyError
 └── APIError         the service refused a request
     ├── InvalidRequest    its faults are in `.faults`, all of them
     ├── Authentication    no key, or one that is unknown, expired or revoked
+    ├── Forbidden         the key lacks the scope that this wants
     ├── NotFound          no such thing, or another tenant's
     ├── Conflict          a name or an idempotency key is taken by something else
-    └── TooLarge          a body, a prompt or a count over its limit
+    ├── TooLarge          a body, a prompt or a count over its limit
+    └── OverLimit         more than the tenant may have, or more requests a second than it may send
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class Authentication(APIError):
     """No key, or one that is unknown, expired or revoked."""
 
 
+class Forbidden(APIError):
+    """The key lacks the scope that this wants; the message names it."""
+
+
 class NotFound(APIError):
     """No such thing, or another tenant's."""
 
@@ -77,10 +83,16 @@ class TooLarge(APIError):
     """A body, a prompt or a count over its limit."""
 
 
+class OverLimit(APIError):
+    """More than the tenant may have, or (after retries) more requests a second than it may send."""
+
+
 BY_STATUS: dict[int, type[APIError]] = {
     400: InvalidRequest,
     401: Authentication,
+    403: Forbidden,
     404: NotFound,
     409: Conflict,
     413: TooLarge,
+    429: OverLimit,
 }

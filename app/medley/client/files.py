@@ -21,12 +21,15 @@ _COLUMNS = (
     ("adapter", "string"),
     ("prompt_idx", "int32"),
     ("seed", "int64"),
+    ("sample_idx", "int32"),
     ("text", "string"),
     ("finish_reason", "string"),
     ("prompt_tokens", "int32"),
     ("completion_tokens", "int32"),
     ("error_code", "string"),
     ("error_message", "string"),
+    ("score", "float64"),
+    ("is_greedy", "bool_"),
 )
 
 
@@ -67,5 +70,7 @@ def _row(result: Result) -> dict[str, Any]:
         "completion_tokens": result.usage.completion_tokens,
         "error_code": result.error and result.error.code,
         "error_message": result.error and result.error.message,
+        "score": result.score and result.score.logprob,
+        "is_greedy": result.score and result.score.is_greedy,
         "finished_at": result.finished_at,
     }

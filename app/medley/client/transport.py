@@ -89,8 +89,10 @@ class Transport:
             else:
                 if response.is_success:
                     return response
-                if is_last or response.status_code not in RETRIED:
-                    raise _refusal(response)
+                refusal = _refusal(response)
+                # What a tenant has too much of may be there for hours: that is for the caller to know.
+                if is_last or response.status_code not in RETRIED or refusal.code == "quota_exceeded":
+                    raise refusal
                 wait_s = _retry_after(response) or _backoff(attempt)
             time.sleep(wait_s)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -23,9 +23,20 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     retryable: bool = False
 
 
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a continuation: its log-probability given the prompt, and whether greedy decoding would have written it."""
+
+    logprob: float
+    is_greedy: bool
+
+
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A job's result. `logprobs[i]` is the log-probability of `token_ids[i]` under the model, before sampling;
     where that is -inf (only a bias let the token through), it is the lowest float32, -3.4e38.
+
+    top_token_ids[i], top_logprobs[i]: the likeliest tokens at the place of token_ids[i], best first, for a job with
+    `top_logprobs`. prompt_*: for one with `prompt_logprobs`; they begin with None, as nothing is before the first
+    token. score: of a job with a continuation, whose tokens are token_ids then.
     """
 
     text: str
@@ -33,6 +44,13 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
     usage: Usage = Usage()
+    score: Score | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] | None = None
+    top_logprobs: tuple[tuple[float, ...], ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_token_ids: tuple[tuple[int, ...] | None, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[float, ...] | None, ...] | None = None
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +67,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: datetime | None = None
     seq: int | None = None
     retry_of: str | None = None
+    sample_idx: int | None = None
     result: Completion | None = None
     error: Failure | None = None
 
@@ -58,7 +77,11 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One ended job of a batch, as the results cursor gives it; `seq` is its place in the order of ends."""
+    """One ended job of a batch, as the results cursor gives it; `seq` is its place in the order of ends.
+
+    sample_idx: which of several samples of one prompt. The fields from token_ids on are there where tokens were asked
+    for, see `Completion`.
+    """
 
     seq: int
     id: str
@@ -67,9 +90,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None
     prompt_idx: int | None = None
     seed: int | None = None
+    sample_idx: int | None = None
+    score: Score | None = None
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] | None = None
+    top_logprobs: tuple[tuple[float, ...], ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_token_ids: tuple[tuple[int, ...] | None, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[float, ...] | None, ...] | None = None
     finish_reason: str | None = None
     usage: Usage = Usage()
     error: Failure | None = None
@@ -103,7 +134,10 @@ class SweepShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as it stands; `sweep` where the service made it from prompts x adapters."""
+    """A batch as it stands; `sweep` where the service made it from prompts x adapters.
+
+    expected_at: when it will be done, as the service sees it now. is_late: that is after its deadline.
+    """
 
     id: str
     state: str
@@ -115,6 +149,8 @@ class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime | None = None
     finished_at: datetime | None = None
     last_seq: int = 0
+    expected_at: datetime | None = None
+    is_late: bool = False
     sweep: SweepShape | None = None
     job_ids: tuple[str, ...] | None = None
 
@@ -134,6 +170,16 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     state: str
     num_revisions: int = 1
+    created_at: datetime | None = None
+
+
+class AdapterGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """That another tenant may use an adapter: all its revisions, or one."""
+
+    id: str
+    adapter: str
+    tenant: str
+    revision: str | None = None
     created_at: datetime | None = None
 
 
@@ -160,3 +206,46 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_leased: int
     num_resident: int = 0
     stats: dict[str, Any] = {}
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key. `id` is its public part; `api_key`, the whole, is there where it was just made."""
+
+    id: str
+    name: str | None
+    scopes: tuple[str, ...]
+    state: str
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    replaces: str | None = None
+    api_key: str | None = None
+
+
+class Quota(msgspec.Struct, frozen=True, kw_only=True):
+    """`used` is None of a rate."""
+
+    limit: float
+    used: float | None = None
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the tenant may have, and what one request may hold."""
+
+    tenant: str
+    quotas: dict[str, Quota]
+    request: dict[str, int]
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was changed by hand; `key_id` None: by the operator."""
+
+    number: int
+    at: datetime
+    key_id: str | None
+    action: str
+    object: str
+    details: dict[str, Any]
+    request_id: str | None = None
+    client_address: str | None = None

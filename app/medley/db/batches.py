@@ -13,12 +13,16 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from medley.db.demand import add_demand, array_literal
-from medley.spec.ids import uuid7s
+from medley.db.demand import add_demand, array_literal, lane_of
+from medley.spec.ids import oldest_after, uuid7s
 from medley.spec.sampling import SEED_LIMIT
 
 LOW, NORMAL, HIGH = 0, 1, 2  # priority classes
 PRIORITIES = {"low": LOW, "normal": NORMAL, "high": HIGH}
+
+
+class TenantClosing(Exception):
+    """The tenant is to be deleted: it makes nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,10 @@ class NewJob:
     retry_of: UUID | None = None
     prompt_idx: int | None = None
     column_idx: int | None = None
-    est_prompt_tokens: int | None = None  # of a prompt that is stored elsewhere
+    est_prompt_tokens: int | None = None  # of a prompt that is stored elsewhere, or with its continuation
+    continuation: str | None = None
+    continuation_token_ids: Sequence[int] | None = None
+    sample_idx: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,15 @@ class NewBatch:
 
 
 def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
-    """Writes the batch row. `append_jobs` adds jobs, `close_batch` fixes the total; all in one transaction."""
-    conn.execute(
+    """Writes the batch row. `append_jobs` adds jobs, `close_batch` fixes the total; all in one transaction.
+
+    Raises TenantClosing.
+    """
+    opened = conn.execute(
         text(
             "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total)"
-            " VALUES (:id, :tenant, :pool, :name, :priority, :deadline_at, :total)"
+            " SELECT :id, t.id, :pool, :name, :priority, :deadline_at, :total FROM tenants t"
+            " WHERE t.id = :tenant AND t.delete_requested_at IS NULL"
         ),
         {
             "id": batch.id,
@@ -66,22 +77,27 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
             "total": total,
         },
     )
+    if opened.rowcount == 0:
+        raise TenantClosing
 
 
 # One statement, so that ids travel once; neither part reads what the other writes.
 _INSERT = """
 WITH made AS (
-    INSERT INTO jobs (id, tenant_id, batch_id, pool, revision_id, is_held, priority, est_tokens, deadline_at)
-    SELECT r.id, %(tenant)s, %(batch)s, %(pool)s, r.revision, %(held)s, %(priority)s, r.est_tokens, %(deadline_at)s
+    INSERT INTO jobs (id, tenant_id, batch_id, pool, revision_id, is_shared, is_held, priority, est_tokens, deadline_at)
+    SELECT r.id, %(tenant)s, %(batch)s, %(pool)s, r.revision, coalesce(r.revision = ANY(%(shared)b::uuid[]), false),
+        %(held)s, %(priority)s, r.est_tokens, %(deadline_at)s
     FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
 )
 INSERT INTO job_inputs (job_id, tenant_id, batch_id, custom_id, adapter, prompt, prompt_token_ids, prompt_idx,
-    column_idx, seed, sampling, retry_of)
+    column_idx, seed, sampling, retry_of, continuation, continuation_token_ids, sample_idx)
 SELECT r.id, %(tenant)s, %(batch)s, r.custom_id, r.adapter, r.prompt, r.token_ids::int4[], r.prompt_idx,
-    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of
+    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of, r.continuation, r.continuation_ids::int4[], r.sample_idx
 FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(prompts)b::text[], %(token_ids)b::text[],
-    %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[])
-    AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of)
+    %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[],
+    %(continuations)b::text[], %(continuation_ids)b::text[], %(sample_idx)b::int4[])
+    AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of,
+        continuation, continuation_ids, sample_idx)
 """
 
 
@@ -104,6 +120,9 @@ class JobColumns:
     prompt_idx: Sequence[int | None] | None = None
     column_idx: Sequence[int | None] | None = None
     est_prompt_tokens: Sequence[int | None] | None = None
+    continuations: Sequence[str | None] | None = None
+    continuation_token_ids: Sequence[Sequence[int] | None] | None = None
+    sample_idx: Sequence[int | None] | None = None
 
     def __len__(self) -> int:
         return len(self.max_tokens)
@@ -124,6 +143,9 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
         prompt_idx=[j.prompt_idx for j in jobs],
         column_idx=[j.column_idx for j in jobs],
         est_prompt_tokens=[j.est_prompt_tokens for j in jobs],
+        continuations=[j.continuation for j in jobs],
+        continuation_token_ids=[j.continuation_token_ids for j in jobs],
+        sample_idx=[j.sample_idx for j in jobs],
     )
     ids = append_columns(conn, batch, columns, is_held=is_held)
     if not is_held:
@@ -133,8 +155,7 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
 
 def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False) -> list[UUID]:
     """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order."""
-    ids = uuid7s(len(jobs))
-    token_ids = _whole(jobs.token_ids)
+    ids = uuid7s(len(jobs), after=batch.id)
     conn.exec_driver_sql(
         _INSERT,
         {
@@ -146,16 +167,20 @@ def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_he
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
             "revisions": _whole(jobs.revisions),
+            "shared": list(_shared(conn, batch.tenant, jobs.revisions)),
             "est_tokens": _estimates(jobs),
             "custom_ids": _whole(jobs.custom_ids),
             "adapters": _whole(jobs.adapters),
             "prompts": _whole(jobs.prompts),
-            "token_ids": token_ids and [None if t is None else array_literal(t) for t in token_ids],
+            "token_ids": _arrays(jobs.token_ids),
             "prompt_idx": _whole(jobs.prompt_idx),
             "column_idx": _whole(jobs.column_idx),
             "seeds": _seeds(jobs.seeds),
             "samplings": _whole(jobs.samplings),
             "retries": _whole(jobs.retries),
+            "continuations": _whole(jobs.continuations),
+            "continuation_ids": _arrays(jobs.continuation_token_ids),
+            "sample_idx": _whole(jobs.sample_idx),
         },
     )
     return ids
@@ -163,8 +188,24 @@ def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_he
 
 def add_batch_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
     """Adds jobs a revision (None: the base) to the demand. Rows of it stay locked until the commit, so last."""
-    changes = [(rev or batch.tenant, batch.priority, batch.tenant, rev, n) for rev, n in num_jobs.items()]
+    shared = _shared(conn, batch.tenant, num_jobs)
+    changes = [
+        (lane_of(batch.tenant, rev, is_shared=rev in shared), batch.priority, batch.tenant, rev, n)
+        for rev, n in num_jobs.items()
+    ]
     add_demand(conn, batch.pool, changes)
+
+
+def _shared(conn: Connection, tenant: UUID, revisions: Iterable[UUID | None]) -> set[UUID]:
+    """Those of `revisions` that are not the tenant's own; also what it may see no longer is none of its own."""
+    asked = {revision for revision in revisions if revision is not None}
+    if not asked:
+        return set()
+    own = conn.exec_driver_sql(
+        "SELECT id FROM adapter_revisions WHERE id = ANY(%(ids)b::uuid[]) AND tenant_id = %(tenant)s",
+        {"ids": list(asked), "tenant": tenant},
+    ).scalars()
+    return asked - set(own)
 
 
 def _whole(column: Sequence[Any] | None) -> list[Any] | None:
@@ -172,6 +213,12 @@ def _whole(column: Sequence[Any] | None) -> list[Any] | None:
     if column is None or all(value is None for value in column):
         return None
     return list(column)
+
+
+def _arrays(column: Sequence[Sequence[int] | None] | None) -> list[str | None] | None:
+    """A column of arrays, each as its literal."""
+    whole = _whole(column)
+    return whole and [None if ids is None else array_literal(ids) for ids in whole]
 
 
 def _seeds(seeds: Sequence[int | None]) -> list[int]:
@@ -251,43 +298,82 @@ class _Select:
 
 _READ_BATCHES = _Select(
     "SELECT b.*, s.name AS sweep_name, s.num_prompts, s.num_columns, s.num_expanded,"
-    " clock_timestamp() AS read_at FROM batches b LEFT JOIN sweeps s ON s.id = b.id"
+    " clock_timestamp() AS read_at, f.ends_at AS expected_at, f.is_late"
+    " FROM batches b LEFT JOIN sweeps s ON s.id = b.id"
+    " LEFT JOIN batch_forecasts f ON f.batch_id = b.id AND b.finished_at IS NULL"
 )
 
+# Beyond the tokens themselves; read where they are asked for.
+_DETAILS = (
+    "r.top_token_ids, r.top_logprobs, r.prompt_token_ids, r.prompt_logprobs,"
+    " r.prompt_top_token_ids, r.prompt_top_logprobs"
+)
+
+# Inputs and results lie in partitions by the job's id. What bounds the id spares a look into each of the other days.
 _READ_JOB = _Select(
     "SELECT j.id, j.tenant_id, j.batch_id, j.state, j.attempt, j.crashes, j.priority, j.created_at, j.leased_at,"
     " j.finished_at, j.is_held, j.is_cancel_requested, j.revision_id, i.custom_id, i.adapter, i.seed, i.retry_of,"
-    " i.prompt_idx, i.column_idx,"
+    " i.prompt_idx, i.column_idx, i.sample_idx,"
     " r.seq, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message,"
-    " r.prompt_tokens, r.completion_tokens"
-    " FROM jobs j JOIN job_inputs i ON i.job_id = j.id LEFT JOIN job_results r ON r.job_id = j.id"
+    f" r.prompt_tokens, r.completion_tokens, r.is_greedy, {_DETAILS}"
+    " FROM jobs j JOIN job_inputs i ON i.job_id = j.id AND i.job_id BETWEEN :first AND :last"
+    " LEFT JOIN job_results r ON r.job_id = j.id AND r.job_id BETWEEN :first AND :last"
 )
 
 
 def read_job(conn: Connection, job: UUID) -> Row[Any] | None:
     """One job with its input's labels and, once it has ended, its result."""
-    return conn.execute(_READ_JOB.format_where("j.id = :id"), {"id": job}).one_or_none()
+    return next(iter(read_jobs(conn, [job])), None)
 
 
 def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
-    return conn.execute(_READ_JOB.format_where("j.id = ANY(:ids)"), {"ids": list(jobs)}).all()
+    if not jobs:
+        return []
+    statement = _READ_JOB.format_where("j.id = ANY(:ids)")
+    return conn.execute(statement, {"ids": list(jobs), "first": min(jobs), "last": max(jobs)}).all()
 
 
-_READ_RESULTS = text(
+_READ_RESULTS = (
     "SELECT r.job_id AS id, r.batch_id, r.seq, r.state, r.text, r.token_ids, r.logprobs, r.finish_reason,"
-    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt,"
-    " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, j.created_at, j.finished_at"
+    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt, r.is_greedy,"
+    " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, i.sample_idx, j.created_at,"
+    " j.finished_at{details}"
     " FROM job_results r JOIN job_inputs i ON i.job_id = r.job_id JOIN jobs j ON j.id = r.job_id"
-    " WHERE r.batch_id = :batch AND r.seq > :after ORDER BY r.seq LIMIT :limit"
+    " WHERE r.batch_id = :batch AND r.seq > :after AND r.job_id >= :oldest AND i.job_id >= :oldest"
+    " ORDER BY r.seq LIMIT :limit"
+)
+_READ_PLAIN = text(_READ_RESULTS.format(details=""))
+# A page with details ends where they come to so many bytes, as they are stored: at the first result or later.
+MAX_DETAIL_BYTES = 8 << 20
+_DETAIL_BYTES = (
+    ", sum(coalesce(pg_column_size(r.top_logprobs), 0) + coalesce(pg_column_size(r.prompt_top_logprobs), 0)"
+    " + coalesce(pg_column_size(r.prompt_logprobs), 0)) OVER (ORDER BY r.seq) AS num_bytes"
+)
+_READ_DETAILED = text(
+    f"SELECT * FROM ({_READ_RESULTS.format(details=f', {_DETAILS}{_DETAIL_BYTES}')}) page"
+    " WHERE num_bytes <= :max_bytes"
+    " OR seq = (SELECT min(r.seq) FROM job_results r WHERE r.batch_id = :batch AND r.seq > :after) ORDER BY seq"
 )
 
 
-def read_results(conn: Connection, batch: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
-    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none."""
-    return conn.execute(_READ_RESULTS, {"batch": batch, "after": after, "limit": limit}).all()
+def read_results(
+    conn: Connection, batch: UUID, *, after: int, limit: int, with_details: bool = False
+) -> Sequence[Row[Any]]:
+    """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none.
+
+    with_details: with the likeliest tokens and the prompt's log-probabilities, where a job asked for them; fewer than
+    `limit` results where these are large.
+    """
+    parameters: dict[str, Any] = {"batch": batch, "after": after, "oldest": oldest_after(batch), "limit": limit}
+    if not with_details:
+        return conn.execute(_READ_PLAIN, parameters).all()
+    return conn.execute(_READ_DETAILED, parameters | {"max_bytes": MAX_DETAIL_BYTES}).all()
 
 
 def read_job_ids(conn: Connection, batch: UUID, limit: int) -> list[UUID]:
     """The first `limit` jobs of a batch in the order in which they were made."""
-    statement = "SELECT job_id FROM job_inputs WHERE batch_id = :batch ORDER BY job_id LIMIT :limit"
-    return list(conn.execute(text(statement), {"batch": batch, "limit": limit}).scalars())
+    statement = (
+        "SELECT job_id FROM job_inputs WHERE batch_id = :batch AND job_id >= :oldest ORDER BY job_id LIMIT :limit"
+    )
+    parameters = {"batch": batch, "oldest": oldest_after(batch), "limit": limit}
+    return list(conn.execute(text(statement), parameters).scalars())

@@ -14,8 +14,9 @@ class Due:
     mark_gone: bool  # a worker's lease has lapsed
     reclaim: bool  # a gone worker still has jobs
     expire: bool  # a queued job is past its deadline
-    hasten: bool  # a queued job nears its deadline
+    judge: bool  # an open batch has a deadline
     expand: bool  # a sweep is to be rung
+    end_revoked: bool  # jobs wait for an adapter that is shared no longer
 
 
 # statement_timestamp() holds still, so it can be looked up in an index: beside clock_timestamp() each look would read
@@ -27,12 +28,13 @@ _DUE = text(
     "  WHERE w.pool = :pool AND w.state = 'gone') AS reclaim,"
     " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
     "  AND deadline_at <= statement_timestamp()) AS expire,"
-    " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < 2"
-    "  AND deadline_at <= statement_timestamp() + make_interval(secs => :near_s)) AS hasten,"
-    " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand"
+    " EXISTS (SELECT FROM batches WHERE pool = :pool AND finished_at IS NULL AND deadline_at IS NOT NULL) AS judge,"
+    " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand,"
+    " EXISTS (SELECT FROM demand WHERE pool = :pool AND num_queued > 0 AND lane <> revision_id"
+    "  AND NOT medley_may_use(tenant_id, revision_id)) AS end_revoked"
 )
 
 
-def read_due(conn: Connection, pool: str, *, near_s: float) -> Due:
-    """The chores that have something to do now; a deadline is near within `near_s` seconds."""
-    return Due(**conn.execute(_DUE, {"pool": pool, "near_s": near_s}).one()._mapping)
+def read_due(conn: Connection, pool: str) -> Due:
+    """The chores that have something to do now."""
+    return Due(**conn.execute(_DUE, {"pool": pool}).one()._mapping)

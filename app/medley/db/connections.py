@@ -52,6 +52,12 @@ def make_engine(
 def allow_minutes(conn: Connection) -> None:
     """Lets the rest of this transaction take its time: a whole batch, up to a million jobs, is one statement."""
     conn.execute(text("SET LOCAL statement_timeout = '10min'"))
+    plan_anew(conn)
+
+
+def plan_anew(conn: Connection) -> None:
+    """Has the rest of this transaction planned for the values that it names, as for statements whose size varies."""
+    conn.execute(text("SET LOCAL plan_cache_mode = auto"))
 
 
 @contextmanager
@@ -62,8 +68,16 @@ def transaction(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
-def tenant_transaction(engine: Engine, tenant: UUID) -> Iterator[Connection]:
-    """One transaction that sees and writes the rows of `tenant` alone (row-level security)."""
+def tenant_transaction(engine: Engine, tenant: UUID, *, keeps_plans: bool = False) -> Iterator[Connection]:
+    """One transaction that sees and writes the rows of `tenant` alone (row-level security).
+
+    keeps_plans: for short statements that come again and again. Over partitions PostgreSQL would plan them each time,
+    which takes longer than to run them (measured: 0.7 ms instead of 0.3 to read a job); they are pruned as they run.
+    """
+    mode = "force_generic_plan" if keeps_plans else "auto"
     with engine.begin() as connection:
-        connection.execute(text("SELECT set_config('medley.tenant', :tenant, true)"), {"tenant": str(tenant)})
+        connection.execute(
+            text("SELECT set_config('medley.tenant', :tenant, true), set_config('plan_cache_mode', :mode, true)"),
+            {"tenant": str(tenant), "mode": mode},
+        )
         yield connection

@@ -51,7 +51,10 @@ def read_top_service(conn: Connection, pool: str) -> float:
 
 
 def write_standings(conn: Connection, pool: str, standings: Sequence[Standing]) -> None:
-    """Lifts counters and notes who is backlogged, in tenant order. The caller holds its term."""
+    """Lifts counters and notes who is backlogged, in tenant order; who is gone is left out.
+
+    The caller holds its term.
+    """
     if not standings:
         return
     ordered = sorted(standings, key=lambda s: s.tenant.bytes)
@@ -59,7 +62,7 @@ def write_standings(conn: Connection, pool: str, standings: Sequence[Standing]) 
         "INSERT INTO tenant_counters AS c (pool, tenant_id, service, is_backlogged)"
         " SELECT %(pool)s, r.tenant, r.floor, r.flag FROM"
         "  unnest(%(tenants)b::uuid[], %(floors)b::float8[], %(flags)b::bool[]) AS r(tenant, floor, flag)"
-        "  ORDER BY r.tenant"
+        "  JOIN tenants t ON t.id = r.tenant ORDER BY r.tenant"
         " ON CONFLICT (pool, tenant_id) DO UPDATE SET service = greatest(c.service, excluded.service),"
         "  is_backlogged = excluded.is_backlogged",
         {

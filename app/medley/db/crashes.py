@@ -23,10 +23,11 @@ ALONE_LIMIT = 3  # deaths with nothing else in the step before a job or an adapt
 _LATE = "created_at > now() - interval '24 hours'"
 END_LIMIT = 20_000  # queued jobs that a quarantine ends itself: a second's transaction
 
-# Queued jobs are found by pool and lane, which the demand names: no index of `jobs` begins with the lane.
+# Queued jobs are found by pool and lane, which the demand names: no index of `jobs` begins with the lane. A revision
+# has one lane for each tenant that may use it.
 _QUEUED = (
     " FROM demand d JOIN jobs q ON q.pool = d.pool AND q.lane = d.lane AND q.priority = d.priority"
-    " AND q.state = 'queued' AND NOT q.is_held WHERE d.num_queued > 0 AND d.lane"
+    " AND q.state = 'queued' AND NOT q.is_held WHERE d.num_queued > 0 AND d.revision_id"
 )
 
 # The batches this transaction may touch: the suspects' own, and those with queued jobs of a revision that one more

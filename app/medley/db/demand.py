@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from uuid import UUID
 
 import msgspec
@@ -26,6 +27,16 @@ class Lane:
     tenant: UUID
     revision: UUID | None
     num_queued: int
+
+
+def lane_of(tenant: UUID, revision: UUID | None, *, is_shared: bool) -> UUID:
+    """The queue of one revision (None: the base) for one tenant, as the column `jobs.lane` has it.
+
+    is_shared: the revision is another tenant's, whose own lane it must not be.
+    """
+    if revision is None:
+        return tenant
+    return UUID(bytes=sha256(tenant.bytes + revision.bytes).digest()[:16]) if is_shared else revision
 
 
 def read_demand(conn: Connection, pool: str) -> list[Lane]:

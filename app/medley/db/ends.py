@@ -19,7 +19,8 @@ from sqlalchemy import Connection
 from medley.db.batches import lock_batches, lock_batches_of
 from medley.db.connections import allow_minutes
 from medley.spec.errors import ErrorCode, JobError
-from medley.spec.jobs import FinishReason, JobState
+from medley.spec.ids import oldest_after
+from medley.spec.jobs import Details, FinishReason, JobState
 
 LOWEST_LOGPROB = -3.4028234663852886e38  # the lowest finite float32
 
@@ -36,6 +37,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: FinishReason | None = None
     error: JobError | None = None
     prompt_tokens: int = 0
+    details: Details | msgspec.UnsetType = msgspec.UNSET  # of a job that asked for more than its tokens
 
 
 class Ended(NamedTuple):
@@ -56,18 +58,32 @@ class End:
         message = "this adapter revision killed engines by itself and was quarantined; upload a corrected one"
         return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_QUARANTINED, message=message))
 
+    @classmethod
+    def revoked(cls) -> End:
+        message = "this adapter is another tenant's, who shares it no longer"
+        return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_REVOKED, message=message))
 
-# `r` is what ended: (ord, job_id, tenant_id, batch_id, state, text, ...). The batches are locked, so last_seq stands.
+
+# `r` is what ended: (ord, job_id, tenant_id, batch_id, state, text, ...). The batches are locked, so last_seq stands:
+# that alone makes (batch_id, seq) unique, as no index is that holds it over all partitions.
 _STORE = """
 numbered AS (
     SELECT r.*, b.last_seq + row_number() OVER (PARTITION BY r.batch_id ORDER BY r.ord) AS seq
     FROM r JOIN batches b ON b.id = r.batch_id
 ), stored AS (
     INSERT INTO job_results (job_id, tenant_id, batch_id, seq, state, text, token_ids, logprobs, finish_reason,
-        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id)
+        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id{columns})
     SELECT job_id, tenant_id, batch_id, seq, state, text, token_ids::int4[], logprobs::float4[], finish_reason,
-        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id
-    FROM numbered
+        error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id{columns}
+    FROM numbered{details}
+), ended AS (
+    SELECT batch_id, count(*) AS num_ended,
+        count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+        count(*) FILTER (WHERE state = 'failed') AS failed,
+        count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+        count(*) FILTER (WHERE state = 'expired') AS expired,
+        sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
+    FROM numbered GROUP BY batch_id
 ), counted AS (
     UPDATE batches b SET
         succeeded = b.succeeded + c.succeeded, failed = b.failed + c.failed,
@@ -76,20 +92,45 @@ numbered AS (
         completion_tokens = b.completion_tokens + c.completion_tokens,
         last_seq = b.last_seq + c.num_ended,
         finished_at = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
-            THEN clock_timestamp() END
-    FROM (
-        SELECT batch_id, count(*) AS num_ended,
-            count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
-            count(*) FILTER (WHERE state = 'failed') AS failed,
-            count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-            count(*) FILTER (WHERE state = 'expired') AS expired,
-            sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
-        FROM numbered GROUP BY batch_id
-    ) c WHERE b.id = c.batch_id
+            THEN clock_timestamp() END,
+        queued_bytes = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
+            THEN 0 ELSE b.queued_bytes END
+    FROM ended c WHERE b.id = c.batch_id
 ), dropped AS (
     DELETE FROM checkpoints c USING r WHERE c.job_id = r.job_id
 )
 """
+
+# Gives back what the queue's quotas counted. Last of all rows, as for whoever reserves: the WHERE makes it wait for
+# the part of the statement that it names.
+_GIVE_BACK = """, given_back AS (
+    INSERT INTO tenant_usage AS u (tenant_id, queued_jobs, queued_bytes)
+    SELECT b.tenant_id, -sum(e.num_ended), -sum(CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + e.num_ended
+        = b.total THEN b.queued_bytes ELSE 0 END)
+    FROM ended e JOIN batches b ON b.id = e.batch_id WHERE (SELECT count(*) FROM {after}) >= 0
+    GROUP BY b.tenant_id ORDER BY b.tenant_id
+    ON CONFLICT (tenant_id) DO UPDATE SET queued_jobs = u.queued_jobs + excluded.queued_jobs,
+        queued_bytes = u.queued_bytes + excluded.queued_bytes
+)
+"""
+
+_DETAIL_COLUMNS = {
+    "top_token_ids": "int4[]",
+    "top_logprobs": "float4[]",
+    "prompt_token_ids": "int4[]",
+    "prompt_logprobs": "float4[]",
+    "prompt_top_token_ids": "int4[]",
+    "prompt_top_logprobs": "float4[]",
+    "is_greedy": "boolean",
+}
+# A job without details has a row of nulls here, at the cost of a function that is strict.
+_STORE_DETAILED = _STORE.format(
+    columns="".join(f", {name}" for name in _DETAIL_COLUMNS),
+    details=" CROSS JOIN LATERAL json_to_record(details) AS d("
+    + ", ".join(f"{name} {kind}" for name, kind in _DETAIL_COLUMNS.items())
+    + ")",
+)
+_STORE_PLAIN = _STORE.format(columns="", details="")
 
 # Results come and numbers go as one JSON document each, at a tenth of the cost of an array a column.
 # The fence: (job, attempt, worker) and a live lease. Here and wherever jobs are named by id, coalesce() hides worker
@@ -99,8 +140,9 @@ _COMPLETE = (
     """
 WITH given AS (
     SELECT * FROM ROWS FROM (json_to_recordset(%(results)s::json) AS (job uuid, attempt int4, state text, text text,
-        token_ids int4[], logprobs float4[], finish_reason text, error json, prompt_tokens int4))
-    WITH ORDINALITY AS g(id, attempt, state, text, token_ids, logprobs, finish_reason, error, prompt_tokens, ord)
+        token_ids int4[], logprobs float4[], finish_reason text, error json, prompt_tokens int4, details json))
+    WITH ORDINALITY
+    AS g(id, attempt, state, text, token_ids, logprobs, finish_reason, error, prompt_tokens, details, ord)
 ), matched AS (
     UPDATE jobs j SET state = g.state, worker_id = NULL, finished_at = clock_timestamp()
     FROM given g
@@ -111,18 +153,20 @@ WITH given AS (
 ), r AS (
     SELECT m.*, g.id AS job_id, g.state, g.text, g.token_ids, g.logprobs, g.finish_reason,
         g.error->>'code' AS error_code, g.error->>'message' AS error_message, coalesce(g.prompt_tokens, 0) AS
-        prompt_tokens, coalesce(cardinality(g.token_ids), 0) AS completion_tokens, g.attempt, %(worker)s AS worker_id
+        prompt_tokens, CASE WHEN g.finish_reason = 'scored' THEN 0 ELSE coalesce(cardinality(g.token_ids), 0) END AS
+        completion_tokens, g.attempt, %(worker)s AS worker_id, g.details
     FROM matched m JOIN given g ON g.ord = m.ord
 ), """
-    + _STORE
+    + _STORE_DETAILED
     + """, charged AS (
     INSERT INTO tenant_counters AS c (pool, tenant_id, service)
     SELECT u.pool, t.id, u.tokens / t.weight FROM (
         SELECT pool, tenant_id, sum(prompt_tokens + 2 * completion_tokens - est_tokens) AS tokens FROM r GROUP BY 1, 2
     ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY u.pool, t.id
-    ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service
-)
-SELECT coalesce(json_agg(json_build_array(ord, batch_id, seq) ORDER BY ord), '[]')::text FROM numbered
+    ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service RETURNING 1
+)"""
+    + _GIVE_BACK.format(after="charged")
+    + """SELECT coalesce(json_agg(json_build_array(ord, batch_id, seq) ORDER BY ord), '[]')::text FROM numbered
 """
 )
 _stored_decoder = msgspec.json.Decoder(list[tuple[int, UUID, int]])
@@ -146,8 +190,21 @@ def _storable(result: Result) -> Result:
     """PostgreSQL's text cannot hold NUL, which a model may well generate; JSON cannot hold -inf."""
     if result.text is not None and "\0" in result.text:
         result = msgspec.structs.replace(result, text=result.text.replace("\0", "\ufffd"))
+    if result.details is not msgspec.UNSET:
+        result = msgspec.structs.replace(result, details=storable_details(result.details))
     logprobs = finite(result.logprobs)
     return result if logprobs is result.logprobs else msgspec.structs.replace(result, logprobs=logprobs)
+
+
+def storable_details(details: Details) -> Details:
+    """Details whose log-probabilities are finite, as `finite` has them."""
+    prompt_logprobs = details.prompt_logprobs
+    return msgspec.structs.replace(
+        details,
+        top_logprobs=tuple(finite(details.top_logprobs)),
+        prompt_logprobs=None if prompt_logprobs is None else tuple(finite(prompt_logprobs)),
+        prompt_top_logprobs=tuple(finite(details.prompt_top_logprobs)),
+    )
 
 
 def finite(logprobs: Sequence[float]) -> Sequence[float]:
@@ -179,18 +236,21 @@ WITH left_queue AS (
         row_number() OVER (ORDER BY id) AS ord
     FROM left_queue
 ), """
-    + _STORE
+    + _STORE_PLAIN
     + """, undemanded AS (
     INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
     SELECT pool, lane, priority, tenant_id, revision_id, -count(*) FROM r WHERE NOT is_held
     GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
-)
-SELECT count(*) FROM numbered
+    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued RETURNING 1
+)"""
+    + _GIVE_BACK.format(after="undemanded")
+    + """SELECT count(*) FROM numbered
 """
 )
 _END_JOBS = _END_UNCLAIMED.format(which="j.id = ANY(%(jobs)b::uuid[])")
-_END_BATCH = _END_UNCLAIMED.format(which="j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s)")
+_END_BATCH = _END_UNCLAIMED.format(
+    which="j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s AND i.job_id >= %(oldest)s)"
+)
 
 
 def _end_parameters(end: End) -> dict[str, object]:
@@ -212,5 +272,6 @@ def end_batch_queue(conn: Connection, batch: UUID, end: End) -> int:
     """Ends every queued job of a batch. Returns how many."""
     allow_minutes(conn)
     lock_batches(conn, [batch])
-    count: int = conn.exec_driver_sql(_END_BATCH, {"batch": batch, **_end_parameters(end)}).scalar_one()
+    parameters = {"batch": batch, "oldest": oldest_after(batch), **_end_parameters(end)}
+    count: int = conn.exec_driver_sql(_END_BATCH, parameters).scalar_one()
     return count

@@ -6,6 +6,7 @@ cancelled or paused batch; what is leased is left to its worker, which reads `fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from uuid import UUID
@@ -15,6 +16,7 @@ from sqlalchemy import Connection, text
 from medley.db.batches import HIGH, lock_batches
 from medley.db.connections import allow_minutes
 from medley.db.ends import End, end_batch_queue, end_unclaimed
+from medley.spec.ids import oldest_after
 from medley.spec.jobs import JobState
 
 
@@ -50,7 +52,7 @@ def cancel_batch(conn: Connection, batch: UUID) -> bool:
 _HOLD = """
 WITH held AS (
     UPDATE jobs j SET is_held = %(held)s
-    WHERE j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s)
+    WHERE j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s AND i.job_id >= %(oldest)s)
         AND j.state = 'queued' AND j.is_held <> %(held)s
     RETURNING j.pool, j.lane, j.priority, j.tenant_id, j.revision_id
 )
@@ -77,7 +79,8 @@ def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) ->
     if conn.execute(text(statement), {"id": batch}).one_or_none() is None:
         return False
     allow_minutes(conn)
-    conn.exec_driver_sql(_HOLD, {"batch": batch, "held": held, "sign": -1 if held else 1})
+    parameters = {"batch": batch, "oldest": oldest_after(batch), "held": held, "sign": -1 if held else 1}
+    conn.exec_driver_sql(_HOLD, parameters)
     return True
 
 
@@ -128,6 +131,7 @@ _HASTEN = """
 WITH near AS (
     SELECT id, priority FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < %(high)s
         AND deadline_at <= statement_timestamp() + make_interval(secs => %(within_s)s)
+        AND (%(batches)s::uuid[] IS NULL OR batch_id = ANY(%(batches)s::uuid[]))
     LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), raised AS (
     UPDATE jobs j SET priority = %(high)s FROM near WHERE j.id = near.id
@@ -145,7 +149,16 @@ SELECT count(*) FROM raised
 """
 
 
-def hasten(conn: Connection, within_s: float, limit: int = 5_000) -> int:
-    """Raises queued jobs whose deadline is within `within_s` seconds to the highest priority. Returns how many."""
-    count: int = conn.exec_driver_sql(_HASTEN, {"high": HIGH, "within_s": float(within_s), "limit": limit}).scalar_one()
+def hasten(conn: Connection, within_s: float, batches: Sequence[UUID] | None = None, limit: int = 5_000) -> int:
+    """Raises queued jobs whose deadline is within `within_s` seconds to the highest priority. Returns how many.
+
+    Of `batches` alone, where they are given.
+    """
+    parameters = {
+        "high": HIGH,
+        "within_s": float(within_s),
+        "limit": limit,
+        "batches": None if batches is None else list(batches),
+    }
+    count: int = conn.exec_driver_sql(_HASTEN, parameters).scalar_one()
     return count

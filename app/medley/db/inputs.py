@@ -12,6 +12,13 @@ from medley.spec.jobs import Checkpoint
 from medley.spec.sampling import SamplingParams
 
 
+class Continuation(msgspec.Struct, frozen=True, gc=False):
+    """What is to be scored given the prompt: text or token ids."""
+
+    text: str | None
+    token_ids: tuple[int, ...] | None
+
+
 class Assigned(msgspec.Struct, frozen=True, gc=False):
     """One job as its worker needs it. `digest` addresses the adapter's files in the store (None: the base)."""
 
@@ -27,18 +34,26 @@ class Assigned(msgspec.Struct, frozen=True, gc=False):
     priority: int
     step_limit: int | None
     is_quarantined: bool  # its adapter revision is: it must not run
+    is_revoked: bool = False  # its adapter revision is another tenant's, who does not share it: it must not run
+    continuation: Continuation | None = None
 
 
 # One JSON document of rows that decode as they are: a Python object a column costs more than the query.
 _FETCH = """
 SELECT coalesce(json_agg(f), '[]')::text FROM (
     SELECT j.id AS job, j.attempt, j.tenant_id AS tenant, j.revision_id AS revision, a.digest, j.priority, j.step_limit,
-        a.quarantined_at IS NOT NULL AS is_quarantined, coalesce(i.prompt, p.prompt) AS prompt,
+        a.quarantined_at IS NOT NULL AS is_quarantined,
+        coalesce(a.tenant_id <> j.tenant_id AND NOT medley_may_use(j.tenant_id, a.id), false) AS is_revoked,
+        coalesce(i.prompt, p.prompt) AS prompt,
         coalesce(i.prompt_token_ids, p.prompt_token_ids) AS prompt_token_ids,
         coalesce(i.sampling, s.sampling) || jsonb_build_object('seed', i.seed) AS sampling,
         CASE WHEN c.job_id IS NOT NULL
-            THEN json_build_object('token_ids', c.token_ids, 'logprobs', c.logprobs) END AS checkpoint
-    FROM jobs j JOIN job_inputs i ON i.job_id = j.id
+            THEN json_build_object('token_ids', c.token_ids, 'logprobs', c.logprobs, 'details', c.details) END
+            AS checkpoint,
+        CASE WHEN num_nonnulls(i.continuation, i.continuation_token_ids, p.continuation, p.continuation_token_ids) > 0
+            THEN json_build_object('text', coalesce(i.continuation, p.continuation), 'token_ids',
+                coalesce(i.continuation_token_ids, p.continuation_token_ids)) END AS continuation
+    FROM jobs j JOIN job_inputs i ON i.job_id = j.id AND i.job_id BETWEEN %(first)s AND %(last)s
     LEFT JOIN sweep_prompts p ON p.sweep_id = j.batch_id AND p.prompt_idx = i.prompt_idx
     LEFT JOIN sweeps s ON i.sampling IS NULL AND s.id = j.batch_id
     LEFT JOIN adapter_revisions a ON a.id = j.revision_id
@@ -55,7 +70,10 @@ def fetch_inputs(conn: Connection, worker: UUID, jobs: Sequence[UUID]) -> list[A
 
     Raises msgspec.ValidationError where a row holds what this version cannot read.
     """
-    document = conn.exec_driver_sql(_FETCH, {"worker": worker, "jobs": list(jobs)}).scalar_one()
+    if not jobs:
+        return []
+    parameters = {"worker": worker, "jobs": list(jobs), "first": min(jobs), "last": max(jobs)}
+    document = conn.exec_driver_sql(_FETCH, parameters).scalar_one()
     return _assigned_decoder.decode(document)
 
 

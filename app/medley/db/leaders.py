@@ -55,3 +55,12 @@ def resign(conn: Connection, pool: str, holder: UUID, term: int) -> None:
         text("UPDATE leaders SET until = clock_timestamp() WHERE pool = :pool AND holder = :holder AND term = :term"),
         {"pool": pool, "holder": holder, "term": term},
     )
+
+
+def forget_leaders(conn: Connection, *, older_than_s: float) -> int:
+    """Deletes terms that ran out this long ago. Returns how many.
+
+    The pool's next term is numbered from 1 again: a dispatcher that held the old one still differs by its id.
+    """
+    statement = "DELETE FROM leaders WHERE until < clock_timestamp() - make_interval(secs => :age)"
+    return conn.execute(text(statement), {"age": older_than_s}).rowcount

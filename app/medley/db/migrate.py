@@ -28,6 +28,11 @@ def head() -> str | None:
     return ScriptDirectory(str(SCRIPTS)).get_current_head()
 
 
+def known_versions() -> set[str]:
+    """All versions in the source tree."""
+    return {script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_revisions()}
+
+
 def is_current(connection: Connection) -> bool:
     """Whether the database has the newest version."""
     return MigrationContext.configure(connection).get_current_revision() == head()

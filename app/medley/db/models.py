@@ -12,8 +12,10 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Computed,
+    Date,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
@@ -63,6 +65,10 @@ tenants = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Double, nullable=False, server_default=text("1")),
     _created(),
+    Column("retention_days", Integer, nullable=False, server_default=text("30")),
+    Column("delete_requested_at", AT),
+    Column("delete_due_at", AT),
+    UniqueConstraint("id", "name"),
 )
 
 api_keys = Table(
@@ -74,7 +80,51 @@ api_keys = Table(
     _created(),
     Column("expires_at", AT),
     Column("revoked_at", AT),
+    Column("name", Text),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("last_used_at", AT),
+    Column("replaces", Text, ForeignKey("api_keys.id")),
     Index("api_keys_tenant_id", "tenant_id"),
+    Index(
+        "api_keys_replaces",
+        "replaces",
+        unique=True,
+        postgresql_where=text("replaces IS NOT NULL AND revoked_at IS NULL"),
+    ),
+)
+
+tenant_limits = Table(
+    "tenant_limits",
+    metadata,
+    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
+    Column("queued_jobs", BigInteger),
+    Column("queued_bytes", BigInteger),
+    Column("adapters", BigInteger),
+    Column("storage_bytes", BigInteger),
+    Column("requests_per_s", Double),
+)
+
+tenant_usage = Table(
+    "tenant_usage",
+    metadata,
+    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
+    Column("queued_jobs", BigInteger, nullable=False),
+    Column("queued_bytes", BigInteger, nullable=False),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    _tenant(references=False),
+    Column("key_id", Text),
+    Column("action", Text, nullable=False),
+    Column("object", Text, nullable=False),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("request_id", Text),
+    Column("client_address", Text),
+    Column("at", AT, nullable=False, server_default=NOW),
+    Index("audit_log_tenant_id_id", "tenant_id", "id"),
 )
 
 adapters = Table(
@@ -86,6 +136,7 @@ adapters = Table(
     _created(),
     Column("deleted_at", AT),
     UniqueConstraint("tenant_id", "name"),
+    UniqueConstraint("id", "tenant_id"),
 )
 
 adapter_revisions = Table(
@@ -101,8 +152,43 @@ adapter_revisions = Table(
     _created(),
     Column("uploaded_at", AT, nullable=False, server_default=NOW),
     Column("quarantined_at", AT),
+    Column("forgotten_at", AT),
     UniqueConstraint("adapter_id", "digest"),
+    UniqueConstraint("id", "adapter_id"),
     Index("adapter_revisions_tenant_id", "tenant_id"),
+    Index("adapter_revisions_digest", "digest"),
+)
+
+adapter_grants = Table(
+    "adapter_grants",
+    metadata,
+    _id(),
+    Column("tenant_id", UUID, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("adapter_id", UUID, nullable=False),
+    Column("revision_id", UUID),
+    Column("grantee", Text, ForeignKey("tenants.name", onupdate="CASCADE", ondelete="CASCADE"), nullable=False),
+    _created(),
+    Column("revoked_at", AT),
+    CheckConstraint("grantee <> owner"),
+    ForeignKeyConstraint(
+        ["tenant_id", "owner"], ["tenants.id", "tenants.name"], onupdate="CASCADE", ondelete="CASCADE"
+    ),
+    ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"], ondelete="CASCADE"),
+    ForeignKeyConstraint(
+        ["revision_id", "adapter_id"], ["adapter_revisions.id", "adapter_revisions.adapter_id"], ondelete="CASCADE"
+    ),
+    Index(
+        "adapter_grants_live",
+        "adapter_id",
+        "grantee",
+        "revision_id",
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+        postgresql_where=text("revoked_at IS NULL"),
+    ),
+    Index("adapter_grants_grantee", "grantee", postgresql_where=text("revoked_at IS NULL")),
+    Index("adapter_grants_tenant_id", "tenant_id"),
 )
 
 batches = Table(
@@ -126,8 +212,29 @@ batches = Table(
     _count("prompt_tokens", BigInteger),
     _count("completion_tokens", BigInteger),
     _count("last_seq", BigInteger),
+    _count("queued_bytes", BigInteger),
     CheckConstraint("succeeded + failed + cancelled + expired <= total"),
     Index("batches_tenant_id_id", "tenant_id", "id"),
+    Index(
+        "batches_tenant_id_finished_at", "tenant_id", "finished_at", postgresql_where=text("finished_at IS NOT NULL")
+    ),
+    Index("batches_open", "pool", "id", postgresql_where=text("finished_at IS NULL")),
+    Index(
+        "batches_due",
+        "pool",
+        "deadline_at",
+        postgresql_where=text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+    ),
+)
+
+batch_forecasts = Table(
+    "batch_forecasts",
+    metadata,
+    _id("batch_id"),
+    _tenant(references=False),
+    Column("ends_at", AT, nullable=False),
+    Column("is_late", Boolean, nullable=False),
+    Column("made_at", AT, nullable=False, server_default=NOW),
 )
 
 sweeps = Table(
@@ -161,6 +268,8 @@ sweep_prompts = Table(
     Column("prompt_token_ids", ARRAY(Integer)),
     Column("expected", Text),
     Column("only_adapter", Text),
+    Column("continuation", Text),
+    Column("continuation_token_ids", ARRAY(Integer)),
 )
 
 sweep_columns = Table(
@@ -170,7 +279,15 @@ sweep_columns = Table(
     Column("column_idx", Integer, primary_key=True),
     _tenant(references=False),
     Column("adapter", Text),
-    Column("revision_id", UUID, ForeignKey("adapter_revisions.id")),
+    Column("revision_id", UUID),
+)
+
+# As PostgreSQL writes it; `demand.lane_of` is the same in Python.
+_LANE = (
+    "CASE WHEN is_shared"
+    " THEN (encode(SUBSTRING(sha256((uuid_send(tenant_id) || uuid_send(revision_id))) FROM 1 FOR 16),"
+    " 'hex'::text))::uuid"
+    " ELSE COALESCE(revision_id, tenant_id) END"
 )
 
 jobs = Table(
@@ -181,7 +298,8 @@ jobs = Table(
     Column("batch_id", UUID, nullable=False),
     Column("pool", Text, nullable=False),
     Column("revision_id", UUID),
-    Column("lane", UUID, Computed("COALESCE(revision_id, tenant_id)", persisted=True)),
+    Column("is_shared", Boolean, nullable=False, server_default=text("false")),
+    Column("lane", UUID, Computed(_LANE, persisted=True)),
     Column("state", Text, nullable=False, server_default=text("'queued'")),
     Column("is_held", Boolean, nullable=False, server_default=text("false")),
     Column("is_cancel_requested", Boolean, nullable=False, server_default=text("false")),
@@ -222,7 +340,11 @@ job_inputs = Table(
     Column("seed", BigInteger, nullable=False),
     Column("sampling", JSONB),
     Column("retry_of", UUID),
+    Column("continuation", Text),
+    Column("continuation_token_ids", ARRAY(Integer)),
+    Column("sample_idx", Integer),
     Index("job_inputs_batch_id", "batch_id", "job_id"),
+    postgresql_partition_by="RANGE (job_id)",
 )
 
 job_results = Table(
@@ -243,7 +365,15 @@ job_results = Table(
     _count("completion_tokens"),
     _count("attempt"),
     Column("worker_id", UUID),
-    Index("job_results_batch_id_seq", "batch_id", "seq", unique=True),
+    Column("top_token_ids", ARRAY(Integer)),
+    Column("top_logprobs", ARRAY(REAL)),
+    Column("prompt_token_ids", ARRAY(Integer)),
+    Column("prompt_logprobs", ARRAY(REAL)),
+    Column("prompt_top_token_ids", ARRAY(Integer)),
+    Column("prompt_top_logprobs", ARRAY(REAL)),
+    Column("is_greedy", Boolean),
+    Index("job_results_batch_id_seq", "batch_id", "seq"),
+    postgresql_partition_by="RANGE (job_id)",
 )
 
 checkpoints = Table(
@@ -253,6 +383,7 @@ checkpoints = Table(
     _tenant(references=False),
     Column("token_ids", ARRAY(Integer), nullable=False),
     Column("logprobs", ARRAY(REAL), nullable=False),
+    Column("details", JSONB),
 )
 
 idempotency_keys = Table(
@@ -329,4 +460,26 @@ leaders = Table(
     Column("holder", UUID, nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("until", AT, nullable=False),
+)
+
+expired_jobs = Table(
+    "expired_jobs",
+    metadata,
+    Column("day", Date, primary_key=True),
+    Column("num_jobs", BigInteger, nullable=False),
+    Column("since", AT, nullable=False, server_default=NOW),
+)
+
+erasures = Table(
+    "erasures",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("requested_at", AT, nullable=False),
+    Column("started_at", AT, nullable=False, server_default=NOW),
+    Column("finished_at", AT),
+    Column("num_rows", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("digests", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    _count("num_revisions"),
+    _count("num_shared"),
 )

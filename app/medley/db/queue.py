@@ -5,9 +5,9 @@ Owns the transitions `queued -> leased` and `leased -> queued`.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import msgspec
@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches
 from medley.db.demand import add_demand, array_literal, charge
-from medley.db.ends import End, end_unclaimed, finite
+from medley.db.ends import End, end_unclaimed, finite, storable_details
 from medley.spec.jobs import Checkpoint, JobState
 
 
@@ -53,11 +53,37 @@ FROM claimed
 _claimed_decoder = msgspec.json.Decoder(list[Claimed])
 
 
-def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Claimed]:
+@dataclass
+class Part:
+    """What one claim takes for one worker: jobs by lane, and what loads of adapters are charged, in tokens."""
+
+    num_jobs: int = 0
+    _lanes: Counter[UUID] = field(default_factory=Counter)
+    load_tokens: dict[UUID, float] = field(default_factory=dict)
+
+    @property
+    def lanes(self) -> list[tuple[UUID, int]]:
+        return list(self._lanes.items())
+
+    def add(self, lane: UUID, num_jobs: int, load_tokens: float = 0.0) -> None:
+        self.num_jobs += num_jobs
+        self._lanes[lane] += num_jobs
+        if load_tokens:
+            self.load_tokens[lane] = self.load_tokens.get(lane, 0.0) + load_tokens
+
+
+def claim(
+    conn: Connection,
+    pool: str,
+    worker: UUID,
+    lanes: Sequence[tuple[UUID, int]],
+    load_tokens: Mapping[UUID, float] | None = None,
+) -> list[Claimed]:
     """Assigns up to n jobs of each (lane, n) to `worker`: the row itself becomes the assignment.
 
-    Charges the tenants by estimate. The caller holds its term in this transaction (`leaders.hold_term`). A worker
-    without a live lease gets nothing.
+    Charges the tenants by estimate, and for the adapters that their jobs bring to the worker (tokens by lane; lanes
+    of which nothing was claimed are not charged). The caller holds its term in this transaction
+    (`leaders.hold_term`). A worker without a live lease gets nothing.
     """
     document = conn.exec_driver_sql(
         _CLAIM,
@@ -69,17 +95,19 @@ def claim(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID,
         },
     ).scalar_one()
     claimed = _claimed_decoder.decode(document)
-    _leave_queue(conn, pool, claimed)
+    _leave_queue(conn, pool, claimed, load_tokens or {})
     return claimed
 
 
-def _leave_queue(conn: Connection, pool: str, claimed: Sequence[Claimed]) -> None:
-    tokens: Counter[UUID] = Counter()
+def _leave_queue(conn: Connection, pool: str, claimed: Sequence[Claimed], load_tokens: Mapping[UUID, float]) -> None:
+    tokens: dict[UUID, float] = defaultdict(float)
+    for lane, tenant in {job.lane: job.tenant for job in claimed}.items():
+        tokens[tenant] += load_tokens.get(lane, 0.0)
     left: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
     for job in claimed:
         tokens[job.tenant] += job.est_tokens
         left[(job.lane, job.priority, job.tenant, job.revision)] += 1
-    charge(conn, pool, dict(tokens))
+    charge(conn, pool, tokens)
     add_demand(conn, pool, [(*key, -n) for key, n in left.items()])
 
 
@@ -100,11 +128,13 @@ WHERE coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXIST
 """
 
 _SAVE_CHECKPOINTS = """
-INSERT INTO checkpoints (job_id, tenant_id, token_ids, logprobs)
-SELECT j.id, j.tenant_id, r.token_ids::int4[], r.logprobs::float4[]
-FROM unnest(%(jobs)b::uuid[], %(token_ids)b::text[], %(logprobs)b::text[]) AS r(id, token_ids, logprobs)
+INSERT INTO checkpoints (job_id, tenant_id, token_ids, logprobs, details)
+SELECT j.id, j.tenant_id, r.token_ids::int4[], r.logprobs::float4[], r.details::jsonb
+FROM unnest(%(jobs)b::uuid[], %(token_ids)b::text[], %(logprobs)b::text[], %(details)b::text[])
+    AS r(id, token_ids, logprobs, details)
 JOIN jobs j ON j.id = r.id AND j.state = 'queued'
-ON CONFLICT (job_id) DO UPDATE SET token_ids = excluded.token_ids, logprobs = excluded.logprobs
+ON CONFLICT (job_id) DO UPDATE SET token_ids = excluded.token_ids, logprobs = excluded.logprobs,
+    details = excluded.details
 """
 
 
@@ -123,9 +153,16 @@ def release(conn: Connection, worker: UUID, releases: Sequence[Release]) -> list
                 "jobs": [r.job for r in kept],
                 "token_ids": [array_literal(r.checkpoint.token_ids) for r in kept if r.checkpoint],
                 "logprobs": [array_literal(finite(r.checkpoint.logprobs)) for r in kept if r.checkpoint],
+                "details": [_details(r.checkpoint) for r in kept if r.checkpoint],
             },
         )
     return sorted(back)
+
+
+def _details(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.details is None:
+        return None
+    return msgspec.json.encode(storable_details(checkpoint.details)).decode()
 
 
 _REQUEUE = """

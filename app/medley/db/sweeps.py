@@ -17,8 +17,10 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.batches import NewBatch, NewJob, append_jobs, lock_batches, open_batch
+from medley.db.connections import plan_anew
 from medley.db.demand import array_literal
 from medley.db.ends import End, end_unclaimed
+from medley.spec.ids import oldest_after
 from medley.spec.jobs import JobState
 
 EXPAND_RING_S = 5.0  # seconds after which an expansion that has not moved is rung again
@@ -31,6 +33,8 @@ class SweepPrompt:
     expected: str | None
     custom_id: str | None
     only_adapter: str | None
+    continuation: str | None = None
+    continuation_token_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,16 @@ class NewSweep:
         )
         return own * len(self.seeds)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the prompts, which are stored once however many cells run them."""
+        return sum(len(p.prompt.encode()) if p.prompt else 4 * len(p.prompt_token_ids or ()) for p in self.prompts)
+
 
 def find_sweep(conn: Connection, name: str) -> Row[Any] | None:
-    return conn.execute(text("SELECT * FROM sweeps WHERE name = :name"), {"name": name}).one_or_none()
+    """The caller's sweep of that name; one that is kept no longer is none."""
+    statement = "SELECT s.* FROM sweeps s JOIN batches b ON b.id = s.id WHERE s.name = :name"
+    return conn.execute(text(statement), {"name": name}).one_or_none()
 
 
 def read_columns(conn: Connection, sweep: UUID) -> Sequence[Row[Any]]:
@@ -90,10 +101,11 @@ def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
     )
     conn.exec_driver_sql(
         "INSERT INTO sweep_prompts (sweep_id, prompt_idx, tenant_id, custom_id, prompt, prompt_token_ids, expected,"
-        " only_adapter) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id, r.prompt, r.token_ids::int4[],"
-        " r.expected, r.only_adapter FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[],"
-        " %(expected)b::text[], %(only)b::text[])"
-        " WITH ORDINALITY AS r(custom_id, prompt, token_ids, expected, only_adapter, ord)",
+        " only_adapter, continuation, continuation_token_ids) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id,"
+        " r.prompt, r.token_ids::int4[], r.expected, r.only_adapter, r.continuation, r.continuation_ids::int4[]"
+        " FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[], %(expected)b::text[],"
+        " %(only)b::text[], %(continuations)b::text[], %(continuation_ids)b::text[]) WITH ORDINALITY"
+        " AS r(custom_id, prompt, token_ids, expected, only_adapter, continuation, continuation_ids, ord)",
         {
             "sweep": batch.id,
             "tenant": batch.tenant,
@@ -104,6 +116,11 @@ def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
             ],
             "expected": [p.expected for p in sweep.prompts],
             "only": [p.only_adapter for p in sweep.prompts],
+            "continuations": [p.continuation for p in sweep.prompts],
+            "continuation_ids": [
+                None if p.continuation_token_ids is None else array_literal(p.continuation_token_ids)
+                for p in sweep.prompts
+            ],
         },
     )
     conn.exec_driver_sql(
@@ -121,8 +138,10 @@ def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
 
 _CELLS = text(
     "SELECT p.prompt_idx, c.column_idx, q.seed, p.custom_id, c.adapter, c.revision_id,"
-    " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1) AS est_prompt_tokens,"
-    " r.quarantined_at"
+    " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1)"
+    " + coalesce(cardinality(p.continuation_token_ids), octet_length(p.continuation) / 4 + 1, 0) AS est_prompt_tokens,"
+    " num_nonnulls(p.continuation, p.continuation_token_ids) > 0 AS is_scored,"
+    " r.quarantined_at, r.tenant_id <> p.tenant_id AND NOT medley_may_use(p.tenant_id, r.id) AS is_revoked"
     # As many prompts as have `num_skipped + limit` cells for certain: all columns, or one at the least.
     " FROM (SELECT n.*, sum(n.num_cells) OVER (ORDER BY n.prompt_idx) - n.num_cells AS num_before FROM ("
     "  SELECT w.*, CASE WHEN w.only_adapter IS NULL THEN CAST(:num_columns AS bigint) ELSE 1 END"
@@ -177,8 +196,9 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
     if row.cancel_requested_at is not None:
         end_unclaimed(conn, ids, End(JobState.CANCELLED))
     else:
-        barred = [job for job, cell in zip(ids, cells, strict=True) if cell.quarantined_at is not None]
-        end_unclaimed(conn, barred, End.quarantined())
+        made = list(zip(ids, cells, strict=True))
+        end_unclaimed(conn, [job for job, cell in made if cell.quarantined_at is not None], End.quarantined())
+        end_unclaimed(conn, [job for job, cell in made if cell.is_revoked], End.revoked())
     return bool(done)
 
 
@@ -212,7 +232,7 @@ def _cell_job(cell: Row[Any], max_tokens: int) -> NewJob:
         revision=cell.revision_id,
         adapter=cell.adapter,
         sampling=None,
-        max_tokens=max_tokens,
+        max_tokens=0 if cell.is_scored else max_tokens,
         seed=cell.seed,
         custom_id=cell.custom_id,
         prompt_idx=cell.prompt_idx,
@@ -249,8 +269,8 @@ _REPORT = text(
     "  AND btrim(r.text, E' \\t\\r\\n') = btrim(p.expected, E' \\t\\r\\n')) AS num_correct,"
     " sum(r.completion_tokens) AS completion_tokens"
     " FROM sweep_columns c"
-    " LEFT JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx"
-    " LEFT JOIN job_results r ON r.job_id = i.job_id"
+    " LEFT JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx AND i.job_id >= :oldest"
+    " LEFT JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
     " LEFT JOIN sweep_prompts p ON p.sweep_id = c.sweep_id AND p.prompt_idx = i.prompt_idx"
     " WHERE c.sweep_id = :sweep GROUP BY c.column_idx, c.adapter ORDER BY c.column_idx"
 )
@@ -260,7 +280,8 @@ _BASE_REPORT = text(
     "SELECT coalesce(p.only_adapter, '') AS only_adapter, count(*) AS num_scored,"
     " count(*) FILTER (WHERE btrim(r.text, E' \\t\\r\\n') = btrim(p.expected, E' \\t\\r\\n')) AS num_correct"
     " FROM sweep_columns c JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx"
-    " JOIN job_results r ON r.job_id = i.job_id AND r.state = 'succeeded'"
+    "  AND i.job_id >= :oldest JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
+    "  AND r.state = 'succeeded'"
     " JOIN sweep_prompts p ON p.sweep_id = c.sweep_id AND p.prompt_idx = i.prompt_idx AND p.expected IS NOT NULL"
     " WHERE c.sweep_id = :sweep AND c.adapter IS NULL GROUP BY 1"
 )
@@ -268,8 +289,8 @@ _BASE_REPORT = text(
 
 def report(conn: Connection, sweep_id: UUID) -> tuple[Sequence[Row[Any]], dict[str, tuple[int, int]]]:
     """(rows by column, {only_adapter or "": (scored, correct) of the base}): exact match after trimming blanks."""
-    columns = conn.execute(_REPORT, {"sweep": sweep_id}).all()
-    base = {
-        row.only_adapter: (row.num_scored, row.num_correct) for row in conn.execute(_BASE_REPORT, {"sweep": sweep_id})
-    }
+    plan_anew(conn)
+    parameters = {"sweep": sweep_id, "oldest": oldest_after(sweep_id)}
+    columns = conn.execute(_REPORT, parameters).all()
+    base = {row.only_adapter: (row.num_scored, row.num_correct) for row in conn.execute(_BASE_REPORT, parameters)}
     return columns, base

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
@@ -21,25 +20,29 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import chores, counters, demand, flags, leaders, queue, sweeps, workers
+from medley.db import adapters, chores, counters, demand, flags, grants, leaders, queue, sweeps, workers
+from medley.db import forecasts as forecasts_db
+from medley.db.batches import HIGH
 from medley.db.connections import make_engine, transaction
 from medley.db.workers import WorkerState
-from medley.dispatcher import policy
-from medley.dispatcher.policy import Phase, Plan, Rules
-from medley.dispatcher.sightings import Sightings
+from medley.dispatcher.forecasts import OpenBatch, forecast, judge
+from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_that_fit
+from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
+from medley.dispatcher.step_time import Totals
 from medley.health import beat
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
 RUN_JOBS_TASK = "medley.run_jobs"
+EXPECT_TASK = "medley.expect"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
 TERM_TICKS = 3  # a leader that misses this many ticks is succeeded
 CHORE_S = 0.5  # of a long chore in one tick: it outlasts no term, and plans go on beside it
-DEADLINE_NEAR_S = 60.0
+FORECAST_EVERY_S = 5.0
+KEEP_FORECASTS_S = 60.0  # that are not made anew: of batches that have finished, or while nobody leads
+MAX_SIZES = 100_000  # of adapter revisions that are remembered
 MAINTAIN_EVERY_S = 60.0
-# A tenant counts as waiting for this long after its last job was claimed, so that jobs that trickle in are no returns.
-SATISFIED_AFTER_S = 5.0
 MIN_TURN_S = 0.02  # rings that come faster are one
 MAX_BACKOFF_S = 2.0
 # Others wait for the leader: it waits for no lock for long, and frozen in a transaction it soon lets go.
@@ -120,9 +123,12 @@ class Dispatcher:
         self._rules = Rules(look_s=settings.tick_s) if rules is None else rules
         self._clock = clock
         self._term: int | None = None
-        self._lead_due_at = self._chores_due_at = self._lanes_due_at = self._maintain_due_at = clock()
-        self._sightings = Sightings()
-        self._lanes_at: dict[UUID, set[UUID]] = {}
+        self._lead_due_at = self._chores_due_at = self._homes_due_at = self._hints_due_at = self._maintain_due_at = (
+            clock()
+        )
+        self._planner = Planner(self._rules)
+        self._hinted: dict[UUID, list[UUID]] = {}
+        self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
 
     @property
     def term(self) -> int | None:
@@ -164,9 +170,11 @@ class Dispatcher:
 
     def _begin(self) -> None:
         """Forgets what was seen: another may have led since."""
-        self._sightings = Sightings()
-        self._lanes_at = {}
-        self._chores_due_at = self._lanes_due_at = self._maintain_due_at = self._clock()
+        self._planner = Planner(self._rules)
+        self._hinted = {}
+        self._chores_due_at = self._maintain_due_at = self._clock()
+        self._homes_due_at = self._hints_due_at = self._forecast_due_at = self._clock()
+        self._jobs_per_s = 0.0
 
     def _lead(self) -> None:
         with transaction(self._engine) as conn:
@@ -185,15 +193,17 @@ class Dispatcher:
 
     def _do_chores(self) -> None:
         with transaction(self._engine) as conn:
-            due = chores.read_due(conn, self._pool, near_s=DEADLINE_NEAR_S)
+            due = chores.read_due(conn, self._pool)
         if due.mark_gone:
             self._chore("mark_gone", self._mark_gone)
         if due.mark_gone or due.reclaim:
             self._chore("reclaim", self._reclaim)
         if due.expire:
             self._chore("expire", self._expire)
-        if due.hasten:
-            self._chore("hasten", lambda: self._write(lambda conn: flags.hasten(conn, DEADLINE_NEAR_S)))
+        if due.judge or self._clock() >= self._forecast_due_at:
+            self._chore("forecast", self._forecast)
+        if due.end_revoked:
+            self._chore("end_revoked", self._end_revoked)
         if due.expand:
             self._chore("expand", self._ring_expansions)
         if self._clock() >= self._maintain_due_at:
@@ -229,83 +239,104 @@ class Dispatcher:
             if self._clock() >= until:
                 return
 
+    def _end_revoked(self) -> None:
+        until = self._clock() + CHORE_S
+        while batches := self._write(lambda conn: grants.end_revoked(conn, self._pool)):
+            log.info("jobs.revoked", num_batches=len(batches))
+            for batch in batches:
+                self._ringer.ring_done(batch)
+            if self._clock() >= until:
+                return
+
+    def _forecast(self) -> None:
+        """Judges deadlines, and now and then says when open batches will be done."""
+        is_due = self._clock() >= self._forecast_due_at
+        with transaction(self._engine) as conn:
+            rows = forecasts_db.read_open(conn, self._pool)
+        if is_due:
+            self._forecast_due_at = self._clock() + FORECAST_EVERY_S
+        if not rows:
+            return
+        batches = [OpenBatch(r.id, r.tenant_id, r.weight, r.priority, r.num_left, r.due_s) for r in rows]
+        dues = {batch.id: batch.due_s for batch in batches if batch.due_s is not None}
+        verdict = judge(batches, self._jobs_per_s, HIGH)
+        if verdict.hasten:
+            within_s = max(dues[batch] for batch in verdict.hasten) + 1.0
+            self._write(lambda conn: flags.hasten(conn, within_s, verdict.hasten))
+        if is_due:
+            found = [(f.batch, f.ends_in_s, f.is_late) for f in forecast(batches, self._jobs_per_s)]
+            self._write(lambda conn: forecasts_db.write(conn, found, keep_s=KEEP_FORECASTS_S))
+
     def _ring_expansions(self) -> None:
         for sweep in self._write(sweeps.due_expansions):
             self._ringer.send_task(EXPAND_TASK, sweep.hex)
 
     def _dispatch(self) -> float:
         """One plan and its claims."""
-        now = self._clock()
-        plan = self._plan(now)
-        self._sightings.see_spare(plan.is_spare, now)
+        plan = self._plan(self._clock())
         if plan.desires:
             self._desire(plan.desires)
         num_claimed = self._claim(plan)
+        self._hint(plan.upcoming)
         # Room that a plan saw and a claim did not fill (the worker or the jobs went) is no reason to hurry.
         return plan.look_in_s if num_claimed or plan.look_in_s else self._rules.min_look_s
+
+    def _hint(self, upcoming: dict[UUID, list[UUID]]) -> None:
+        """Tells workers which adapters come next, where that has changed: a hint, which may be lost."""
+        now = self._clock()
+        if now < self._hints_due_at:
+            return
+        self._hints_due_at = now + self._tick_s
+        for worker, lanes in upcoming.items():
+            if self._hinted.get(worker, []) != lanes:
+                revisions = tuple(lane.hex for lane in lanes)
+                self._ringer.send_task(EXPECT_TASK, revisions, queue=worker_queue(worker))
+        self._hinted = upcoming
 
     def _plan(self, now: float) -> Plan:
         with transaction(self._engine) as conn:
             lanes = demand.read_demand(conn, self._pool)
             rows = workers.read_workers(conn, self._pool)
-            if now >= self._lanes_due_at:
-                self._lanes_at = {}
-                for held in workers.leased_by_lane(conn, self._pool):
-                    self._lanes_at.setdefault(held.worker_id, set()).add(held.lane)
-                self._lanes_due_at = now + self._tick_s
-            accounts = counters.read_accounts(conn, self._pool, {lane.tenant for lane in lanes})
+            self._see_sizes(conn, {lane.revision for lane in lanes if lane.revision is not None})
+            if now >= self._homes_due_at:
+                resident = [(lane, row.id) for row in rows for lane in row.resident]
+                leased = [(held.lane, held.worker_id) for held in workers.leased_by_lane(conn, self._pool)]
+                self._planner.see_homes(resident, leased)
+                self._homes_due_at = now + self._tick_s
+            waiting = {lane.tenant for lane in lanes}
+            accounts = counters.read_accounts(conn, self._pool, waiting)
             waited = any(account.is_backlogged for account in accounts)
             top_service = 0.0 if waited or not lanes else counters.read_top_service(conn, self._pool)
-        seen = self._sightings
-        seen.see_workers({row.id: row.num_leased for row in rows}, now)
-        seen.see_lanes({lane.lane for lane in lanes}, now)
-        return policy.plan(
-            [
-                policy.Lane(
-                    lane.lane,
-                    lane.tenant,
-                    lane.revision,
-                    lane.priority,
-                    lane.num_queued,
-                    est_tokens=seen.job_tokens(lane.lane),
-                    waited_s=seen.waited_s(lane.lane, now),
-                )
-                for lane in lanes
-            ],
-            self._lift(accounts, {lane.tenant for lane in lanes}, top_service, now),
-            [self._worker(row, now) for row in rows],
-            spare_s=seen.spare_s(now),
-            rules=self._rules,
+        stands = [_stands(row) for row in rows]
+        self._jobs_per_s = self._planner.fleet_jobs_per_s(stands)
+        return self._planner.plan(
+            [Waits(lane.lane, lane.tenant, lane.revision, lane.priority, lane.num_queued) for lane in lanes],
+            self._lift(accounts, waiting, top_service, now),
+            stands,
+            now,
         )
+
+    def _see_sizes(self, conn: Connection, revisions: set[UUID]) -> None:
+        """A revision never changes, so each is read once."""
+        sizes = self._planner.sizes
+        if unknown := revisions - sizes.keys():
+            if len(sizes) > MAX_SIZES:
+                sizes.clear()
+            for row in adapters.read_sizes(conn, unknown):
+                sizes[row.id] = AdapterSize(row.num_tiles, row.size_bytes)
 
     def _lift(
         self, accounts: Sequence[counters.Account], waiting: set[UUID], top_service: float, now: float
-    ) -> list[policy.Tenant]:
+    ) -> list[Tenant]:
         """The tenants as they stand for this plan; writes who came back from idle and who went."""
-        tenants = [policy.Tenant(a.tenant, a.service, a.weight, a.is_backlogged) for a in accounts]
-        lifted = policy.lift(tenants, waiting, top_service)
-        self._sightings.see_tenants(waiting, {t.id for t in tenants if t.is_backlogged}, now)
-        standings = [counters.Standing(tenant, floor, is_backlogged=True) for tenant, floor in lifted.items()]
-        standings += [
-            counters.Standing(t.id, t.service, is_backlogged=False)
-            for t in tenants
-            if t.is_backlogged and self._sightings.satisfied_s(t.id, now) > SATISFIED_AFTER_S
-        ]
+        tenants = [Tenant(a.tenant, a.service, a.weight, a.is_backlogged) for a in accounts]
+        lifted = self._planner.lift(tenants, waiting, top_service, now)
+        service = {tenant.id: tenant.service for tenant in tenants}
+        standings = [counters.Standing(tenant, floor, is_backlogged=True) for tenant, floor in lifted.raised.items()]
+        standings += [counters.Standing(tenant, service[tenant], is_backlogged=False) for tenant in lifted.satisfied]
         if standings:
             self._write(lambda conn: counters.write_standings(conn, self._pool, standings))
-        return [policy.Tenant(t.id, lifted.get(t.id, t.service), t.weight) for t in tenants]
-
-    def _worker(self, row: Row[Any], now: float) -> policy.Worker:
-        return policy.Worker(
-            row.id,
-            _phase(WorkerState(row.state), WorkerState(row.desired_state)),
-            row.max_num_seqs,
-            row.num_leased,
-            frozenset(row.resident) | self._lanes_at.get(row.id, set()),
-            self._sightings.jobs_per_s(row.id),
-            self._sightings.idle_s(row.id, now),
-            row.unchanged_s,
-        )
+        return lifted.tenants
 
     def _desire(self, desires: dict[UUID, Phase]) -> None:
         def write(conn: Connection) -> None:
@@ -321,26 +352,37 @@ class Dispatcher:
     def _claim(self, plan: Plan) -> int:
         """Claims in the order of turns, some of one worker's a transaction, and rings. Returns how many jobs."""
         num_claimed = 0
-        parts: dict[UUID, Counter[UUID]] = {}
+        parts: dict[UUID, queue.Part] = {}
         for assignment in plan.assignments:
-            part = parts.setdefault(assignment.worker, Counter())
-            part[assignment.lane] += assignment.num_jobs
-            if part.total() >= MAX_JOBS_A_CLAIM:
+            part = parts.setdefault(assignment.worker, queue.Part())
+            part.add(assignment.lane, assignment.num_jobs, assignment.load_tokens)
+            if part.num_jobs >= MAX_JOBS_A_CLAIM:
                 num_claimed += self._claim_part(assignment.worker, parts.pop(assignment.worker))
         for worker, part in parts.items():
             num_claimed += self._claim_part(worker, part)
         return num_claimed
 
-    def _claim_part(self, worker: UUID, lanes: Counter[UUID]) -> int:
-        claimed = self._write(lambda conn: queue.claim(conn, self._pool, worker, list(lanes.items())))
-        self._sightings.see_claims(worker, [(c.lane, c.est_tokens) for c in claimed], self._clock())
-        self._lanes_at.setdefault(worker, set()).update(c.lane for c in claimed)
+    def _claim_part(self, worker: UUID, part: queue.Part) -> int:
+        claimed = self._write(lambda conn: queue.claim(conn, self._pool, worker, part.lanes, part.load_tokens))
+        self._planner.see_claims(worker, [(c.lane, c.est_tokens) for c in claimed], self._clock())
         ids = [c.job.hex for c in claimed]
         for start in range(0, len(ids), MAX_IDS_A_MESSAGE):
-            part = tuple(ids[start : start + MAX_IDS_A_MESSAGE])
-            self._ringer.send_task(RUN_JOBS_TASK, part, queue=worker_queue(worker))
-        log.debug("jobs.claimed", worker=worker.hex, num_jobs=len(ids), num_lanes=len(lanes))
+            ids_of_message = tuple(ids[start : start + MAX_IDS_A_MESSAGE])
+            self._ringer.send_task(RUN_JOBS_TASK, ids_of_message, queue=worker_queue(worker))
+        log.debug("jobs.claimed", worker=worker.hex, num_jobs=len(ids), num_lanes=len(part.lanes))
         return len(ids)
+
+
+def _stands(row: Row[Any]) -> Stands:
+    return Stands(
+        row.id,
+        _phase(WorkerState(row.state), WorkerState(row.desired_state)),
+        rows_that_fit(row.max_num_seqs, row.stats),
+        row.num_leased,
+        row.unchanged_s,
+        row.num_tiles or None,
+        Totals.of(row.stats),
+    )
 
 
 def _phase(state: WorkerState, desired: WorkerState) -> Phase:

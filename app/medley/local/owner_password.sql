@@ -1,2 +1,2 @@
-\getenv password MEDLEY_OWNER_PASSWORD
+\set password `cat /run/secrets/owner_password`
 ALTER ROLE medley_owner PASSWORD :'password';

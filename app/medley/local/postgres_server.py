@@ -25,6 +25,13 @@ from medley.local.datadir import DataDir
 # started inside its data directory and never leaves it.
 _HERE = "/proc/self/cwd"
 _HBA = "# Written by Medley. The socket's folder is closed to all but the server's account and root.\n"
+# A statement that fails is logged without its text, its parameters and the row that it failed on: they hold prompts.
+DISCREET = {
+    "log_error_verbosity": "terse",
+    "log_min_error_statement": "panic",
+    "log_parameter_max_length_on_error": "0",
+    "log_statement": "none",
+}
 _LOCAL_ROLES = ("medley_owner", "medley_api", "medley_work")
 # How long a postmaster of a killed supervisor may take to end.
 _PREVIOUS_GRACE_S = 15.0
@@ -77,6 +84,7 @@ class PostgresServer:
             "jit": "off",  # statements are short
             "log_line_prefix": "",
             "log_checkpoints": "off",
+            **DISCREET,
             "timezone": "UTC",
             "log_timezone": "UTC",
         }

@@ -19,16 +19,30 @@ from medley.spec.adapters import (
     check_adapter,
     read_adapter,
 )
-from medley.spec.base_models import BaseModel
+from medley.spec.base_models import BaseModel, linear_sites
 from medley.spec.errors import Fault
-from medley.spec.peft_config import MAX_CONFIG_BYTES
-from medley.spec.safetensors_header import HeaderError, SafetensorsHeader, limited, read_header
+from medley.spec.peft_config import MAX_CONFIG_BYTES, MAX_RANK
+from medley.spec.safetensors_header import MAX_HEADER_BYTES, HeaderError, SafetensorsHeader, limited, read_header
 from medley.spec.strict_json import shown_name
 
+TENSOR_HEADER_BYTES = 512  # of one tensor's entry in the header, its name among them, with room to spare
+METADATA_BYTES = 64 << 10  # of what else stands in a header
 CHUNK_BYTES = 64 << 10  # with its masks it fits a core's cache (550 MiB/s); whole lanes of each dtype
 
 # dtype -> (bytes of a lane, its exponent's bits, the lowest of them). NaN and infinity: all exponent bits are set.
 _EXPONENTS = {"F32": (4, 0x7F80_0000, 0x0080_0000), "F16": (2, 0x7C00, 0x0400), "BF16": (2, 0x7F80, 0x0080)}
+
+
+def max_weights_bytes(base: BaseModel) -> int:
+    """The largest weights file that an adapter of `base` can have: each layer at the largest rank, in float32."""
+    per_layer = sum((site.in_features + site.out_features) * MAX_RANK for site in linear_sites(base))
+    return 4 * per_layer * base.num_layers + 8 + max_header_bytes(base)
+
+
+def max_header_bytes(base: BaseModel) -> int:
+    """The longest header that the weights file of an adapter of `base` can have."""
+    num_tensors = 2 * len(linear_sites(base)) * base.num_layers
+    return min(TENSOR_HEADER_BYTES * num_tensors + METADATA_BYTES, MAX_HEADER_BYTES)
 
 
 def check_upload(config_bytes: bytes, weights: BinaryIO, base: BaseModel) -> tuple[AdapterHeader | None, list[Fault]]:
@@ -40,7 +54,7 @@ def check_upload(config_bytes: bytes, weights: BinaryIO, base: BaseModel) -> tup
     size_bytes = weights.seek(0, os.SEEK_END)
     weights.seek(0)
     try:
-        header = read_header(weights, size_bytes=size_bytes)
+        header = read_header(weights, size_bytes=size_bytes, max_bytes=max_header_bytes(base))
     except HeaderError as error:
         _, faults = check_adapter(config_bytes, None, base)
         return None, limited([*faults, *error.faults])

@@ -36,6 +36,10 @@ class RevisionHash:
             raise ValueError(f"the weights differ by {abs(self._left_bytes)} bytes from the announced length")
         return self._hash.hexdigest()
 
+    def matches(self, digest: str) -> bool:
+        """Whether what was hashed is the revision `digest`, whole."""
+        return self._left_bytes == 0 and self._hash.hexdigest() == digest
+
 
 def revision_digest(config_bytes: bytes, weights: BinaryIO) -> str:
     """The digest of two files; `weights` is seekable and read from its start in chunks."""

@@ -63,24 +63,25 @@ def limited(faults: list[Fault]) -> list[Fault]:
     return [*faults[:MAX_SHOWN_FAULTS], Fault(field="and", got=rest, wanted="none")]
 
 
-def read_header(file: BinaryIO, *, size_bytes: int) -> SafetensorsHeader:
-    """The header of `file`, which stands at its beginning. Reads at most MAX_HEADER_BYTES + 8 bytes.
+def read_header(file: BinaryIO, *, size_bytes: int, max_bytes: int = MAX_HEADER_BYTES) -> SafetensorsHeader:
+    """The header of `file`, which stands at its beginning. Reads at most `max_bytes` + 8 bytes.
 
-    size_bytes: the file's size; the tensors must fill it exactly. Raises HeaderError with all faults.
+    size_bytes: the file's size; the tensors must fill it exactly. max_bytes: of the header, which takes some twenty
+    times as much memory. Raises HeaderError with all faults.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
         raise HeaderError([_fault("header", f"a file of {len(prefix)} bytes", "8 bytes of header length")])
     (header_bytes,) = struct.unpack("<Q", prefix)
-    if header_bytes > MAX_HEADER_BYTES:
-        raise HeaderError([_fault("header", f"{header_bytes} bytes", f"at most {MAX_HEADER_BYTES} bytes")])
+    if header_bytes > max_bytes:
+        raise HeaderError([_fault("header", f"{header_bytes} bytes", f"at most {max_bytes} bytes")])
     text = file.read(header_bytes)
     if len(text) < header_bytes or 8 + header_bytes > size_bytes:
         raise HeaderError([_fault("header", f"{len(text)} of {header_bytes} bytes", "a file that is not cut off")])
     if not text.startswith(b"{"):
         raise HeaderError([_fault("header", repr(text[:8]), "a JSON object that starts at once")])
     try:
-        entries = decode_strict(text, max_bytes=MAX_HEADER_BYTES)
+        entries = decode_strict(text, max_bytes=max_bytes)
     except ValueError as error:
         raise HeaderError([_fault("header", str(error), "one JSON object")]) from None
     return _check_entries(entries, 8 + header_bytes, size_bytes - 8 - header_bytes)

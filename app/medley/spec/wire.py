@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 
 from medley.spec.errors import JobError
-from medley.spec.jobs import Checkpoint, FinishReason
+from medley.spec.jobs import Checkpoint, Details, FinishReason
 from medley.spec.sampling import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20
@@ -66,7 +66,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One job for the engine. `want_progress`: send `Progress` each step (jobs with stop strings)."""
+    """One job for the engine. `want_progress`: send `Progress` each step (jobs with stop strings).
+
+    num_continuation: the last so many of prompt_token_ids are a continuation to be scored, and nothing is generated.
+    """
 
     key: JobKey
     prompt_token_ids: tuple[int, ...]
@@ -75,6 +78,7 @@ class WorkItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     checkpoint: Checkpoint | None = None
     want_progress: bool = False
     priority: int = 0
+    num_continuation: int = 0
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -102,11 +106,17 @@ class Upcoming(msgspec.Struct, frozen=True, tag=True):
     adapters: tuple[AdapterRef, ...]
 
 
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """These adapters are no more: nothing of them is to stay in the engine's memory. One that a job uses stays."""
+
+    adapters: tuple[AdapterRef, ...]
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToEngine = Add | Abort | Release | Upcoming | Shutdown
+ToEngine = Add | Abort | Release | Upcoming | Forget | Shutdown
 
 
 # Engine to shell ---------------------------------------------------------------------------------------------
@@ -130,22 +140,24 @@ class Running(msgspec.Struct, frozen=True, tag=True):
     keys: tuple[JobKey, ...]
 
 
-class Progress(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """New tokens of a job that asked for progress."""
+class Progress(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, gc=False):
+    """New tokens of a job that asked for progress. details: of these tokens; the prompt's come with the first."""
 
     key: JobKey
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    details: Details | None = None
 
 
-class Finished(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """A job's end: all its generated tokens with their log-probabilities, or an error."""
+class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, gc=False):
+    """A job's end: its generated tokens (a scoring job's continuation) with their log-probabilities, or an error."""
 
     key: JobKey
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None
     error: JobError | None = None
+    details: Details | None = None
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):

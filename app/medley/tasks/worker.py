@@ -19,11 +19,14 @@ from sqlalchemy.exc import InternalError, OperationalError
 from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
+from medley.db.erasure import NotErasable
 from medley.health import beat
+from medley.objects import StoreError
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.store import Store
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
+from medley.tasks.orphans import Orphans
 
 NUM_THREADS = 2  # a long expansion beside short ones
 LOOK_S = 1.0
@@ -60,14 +63,22 @@ def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) ->
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
 
+    orphans = Orphans(engine, store)
+    is_maintaining = threading.Lock()
+
     @app.task(name=MAINTAIN_TASK, shared=False)  # type: ignore[untyped-decorator]
     def forget_the_old() -> None:
+        if not is_maintaining.acquire(blocking=False):
+            return  # a long one is not to take the threads of expansions too
         try:
             maintain(engine, store)
+            orphans.look_if_due()
         except (OperationalError, InternalError) as error:  # the next message comes within a minute
             log.warning("maintain.failed", error=type(error.orig).__name__)
-        except OSError as error:
+        except (OSError, StoreError, NotErasable) as error:
             log.warning("maintain.failed", error=str(error))
+        finally:
+            is_maintaining.release()
 
 
 def _look(expander: Expander, settings: Settings) -> None:

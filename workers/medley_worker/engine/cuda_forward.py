@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from medley_worker.engine.adapters import AdapterCache
+from medley_worker.engine.cuda_scores import Asked
 from medley_worker.engine.decode_graphs import DecodeGraphs
-from medley_worker.engine.forward import StepResult
-from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.plans import Rows, StepPlan
+from medley_worker.engine.results import StepResult
+from medley_worker.engine.rows import RowTable
 from medley_worker.engine.sampling_rows import sampling_rows
-from medley_worker.engine.scheduler import Scheduler, StepPlan
+from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets, step_contents
 from medley_worker.engine.token_passes import token_passes
 from medley_worker.models import Decoder, ForwardBatch, KVCache
@@ -80,6 +82,7 @@ class CudaTicket:
     output: _Output
     num_rows: int
     num_sampled: int
+    asked: Asked
 
     def result(self) -> StepResult:
         self.output.done.synchronize()
@@ -89,6 +92,8 @@ class CudaTicket:
             found.token_ids[wanted].numpy().copy(),
             found.logprobs[wanted].numpy().copy(),
             is_bad if is_bad.any() else None,
+            self.asked.tops(),
+            self.asked.scores(),
         )
 
 
@@ -150,36 +155,41 @@ class CudaForward:
 
     def launch(self, plan: StepPlan, sampled: Rows) -> CudaTicket:
         with torch.inference_mode(), torch.cuda.device(self._decoder.device):
+            asked = Asked(plan, sampled, self._rows, self._decoder.device)
             if self._is_invariant:
-                return self._launch_passes(plan, len(sampled))
+                return self._launch_passes(plan, len(sampled), asked)
             contents = step_contents(plan, sampled, self._rows, self._buckets, self._kv.spare_page)
             lora = self._lora(contents)
             self._send(contents)
             if plan.chunks:
-                return self._launch_eagerly(contents, lora)
-            return self._launch_decode(contents, lora)
+                return self._launch_eagerly(contents, lora, asked)
+            return self._launch_decode(contents, lora, asked)
 
-    def _launch_eagerly(self, contents: StepContents, lora: SgmvBatch | None) -> CudaTicket:
+    def _launch_eagerly(self, contents: StepContents, lora: SgmvBatch | None, asked: Asked) -> CudaTicket:
         num_rows = len(contents.sampled_rows)
-        logits = self._forward(contents, lora, self._fields.logit_rows[:num_rows])
+        x, residual = self._decoder.trunk(self._batch(contents, lora, None), self._kv)
+        asked.score_trunk(self._decoder, x, residual, num_padded=contents.num_decode_rows - contents.num_real_rows)
+        logits = self._decoder.head(x, residual, self._fields.logit_rows[:num_rows])
         results, rows = Results.cut(self._results, num_rows), self._fields.sampled_rows[:num_rows].to(torch.int64)
         if self._rows.is_plain[contents.sampled_rows].all():
             greedy(logits, results.token_ids, results.logprobs, results.is_bad, rows, self._last_token)
         else:
             entries = sampling_rows(self._rows, contents.sampled_rows, logits.shape[1])
             self._draw(logits, entries, rows, results)
-        return self._ticket(self._results, num_rows, num_rows)
+        asked.find_tops(logits)
+        return self._ticket(self._results, num_rows, num_rows, asked)
 
-    def _launch_decode(self, contents: StepContents, lora: SgmvBatch | None) -> CudaTicket:
+    def _launch_decode(self, contents: StepContents, lora: SgmvBatch | None, asked: Asked) -> CudaTicket:
         bucket, sampled = contents.num_decode_rows, contents.sampled_rows
         self._decode(contents, lora)
         if not self._rows.is_plain[sampled].all():
             logits, rows = self._logits[: len(sampled)], self._fields.token_rows[: len(sampled)].to(torch.int64)
             entries = sampling_rows(self._rows, sampled, logits.shape[1])
             self._draw(logits, entries, rows, Results.cut(self._results, bucket))
-        return self._ticket(self._results, bucket, len(sampled))
+        asked.find_tops(self._logits)
+        return self._ticket(self._results, bucket, len(sampled), asked)
 
-    def _launch_passes(self, plan: StepPlan, num_sampled: int) -> CudaTicket:
+    def _launch_passes(self, plan: StepPlan, num_sampled: int, asked: Asked) -> CudaTicket:
         """A step as passes of one shape; each brings the results of its rows to the step's."""
         bucket, num_done = self._buckets[0], 0
         whole = torch.empty_like(self._results)
@@ -195,20 +205,22 @@ class CudaForward:
                 for at, entry in zip(contents.logit_rows.tolist(), drawn, strict=True):
                     entries[at] = entry
                 self._draw(self._logits, entries, self._fields.token_rows[:bucket].to(torch.int64), found)
+            asked.take_pass(i * bucket, self._logits, num_done, contents.logit_rows)
             end = num_done + len(contents.logit_rows)
             at_rows = self._fields.logit_rows[: end - num_done]
             into.token_ids[num_done:end].copy_(found.token_ids.index_select(0, at_rows))
             into.logprobs[num_done:end].copy_(found.logprobs.index_select(0, at_rows))
             into.is_bad[num_done:end].copy_(found.is_bad.index_select(0, at_rows))
             num_done = end
-        return self._ticket(whole, num_sampled, num_sampled)
+        return self._ticket(whole, num_sampled, num_sampled, asked)
 
-    def _ticket(self, results: Tensor, num_rows: int, num_sampled: int) -> CudaTicket:
+    def _ticket(self, results: Tensor, num_rows: int, num_sampled: int, asked: Asked) -> CudaTicket:
         """Bring a step's results to the host, after all that is launched so far."""
         output, end = next(self._outputs), RESULT_BYTES * num_rows
         output.results[:end].copy_(results[:end], non_blocking=True)
+        asked.bring()
         output.done.record()
-        return CudaTicket(output, num_rows, num_sampled)
+        return CudaTicket(output, num_rows, num_sampled, asked)
 
     def _send(self, contents: StepContents) -> None:
         """Bring a pass's inputs to the device and plan its attention."""
@@ -236,10 +248,8 @@ class CudaForward:
         assert batch is None or isinstance(batch, SgmvBatch)
         return batch
 
-    def _forward(
-        self, contents: StepContents, lora: SgmvBatch | None, logit_rows: Tensor | None, out: Tensor | None = None
-    ) -> Tensor:
-        """Logits of a step whose inputs are on their way: of `logit_rows`, or of every token row."""
+    def _batch(self, contents: StepContents, lora: SgmvBatch | None, logit_rows: Tensor | None) -> ForwardBatch:
+        """What the decoder computes of a step whose inputs are on their way. logit_rows: None takes every token row."""
         fields, attention = self._fields, self._attention
         split, num_tokens, num_sequences = contents.num_decode_rows, contents.num_tokens, contents.num_sequences
         token_ids = fields.token_ids[:num_tokens].to(torch.int64)
@@ -257,7 +267,7 @@ class CudaForward:
             kv_indices=fields.kv_indices,
             last_page_len=fields.last_page_len[:num_sequences],
         )
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids=token_ids,
             positions=plan.positions,
             num_decode_rows=split,
@@ -265,7 +275,6 @@ class CudaForward:
             attention=plan,
             lora=lora,
         )
-        return self._decoder.forward(batch, self._kv, out)
 
     def _decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         """A step of decode rows alone, with its greedy draw; the first of its kind is captured for those after it."""
@@ -278,7 +287,7 @@ class CudaForward:
 
     def _compute_decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         bucket = contents.num_decode_rows
-        logits = self._forward(contents, lora, None, self._logits[:bucket])
+        logits = self._decoder.forward(self._batch(contents, lora, None), self._kv, self._logits[:bucket])
         results, rows = Results.cut(self._results, bucket), self._fields.token_rows[:bucket].to(torch.int64)
         greedy(logits, results.token_ids, results.logprobs, results.is_bad, rows, self._last_token)
 
@@ -297,7 +306,7 @@ class CudaForward:
         if not self._is_invariant:
             contents = empty_contents(0, WARM_UP_CHUNK, spare_row, spare_page)
             self._send(contents)
-            self._forward(contents, None, self._fields.logit_rows[:0])
+            self._decoder.forward(self._batch(contents, None, self._fields.logit_rows[:0]), self._kv)
         for bucket in reversed(self._buckets):
             contents = empty_contents(bucket, 0, spare_row, spare_page)
             self._send(contents)

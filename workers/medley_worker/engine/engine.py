@@ -15,16 +15,19 @@ from typing import Literal
 
 import numpy as np
 
-from medley.spec.errors import ErrorCode, JobError
+from medley.spec.errors import ErrorCode
 from medley.spec.intake import check_folder
 from medley.spec.jobs import Checkpoint, FinishReason
 from medley.spec.sampling import SEED_LIMIT
 from medley.spec.wire import AdapterRef, EngineConfig, EngineStats
 from medley_worker.engine.assembly import Parts, assemble
+from medley_worker.engine.findings import findings_for
+from medley_worker.engine.grammars import Grammars
+from medley_worker.engine.harvest import finished, harvest
 from medley_worker.engine.offline import generate
 from medley_worker.engine.pipeline import Drawn, Pipeline
+from medley_worker.engine.plans import StepPlan
 from medley_worker.engine.requests import Completion, Limits, Request, RequestOutput, check_request, ended
-from medley_worker.engine.scheduler import StepPlan
 from medley_worker.engine.sequences import AdapterKey, AlreadyInFlight, Refused, RequestId, Sequence
 from medley_worker.engine.sizing import EngineSizes
 from medley_worker.engine.stats import Counters
@@ -46,6 +49,7 @@ class Engine:
         self.on_entering: Callable[[list[RequestId]], None] | None = None
         self._open: Parts | None = assemble(config, self._announce)
         self._pipeline = Pipeline(self._parts.forward, self._parts.rows, self._parts.scheduler)
+        self._grammars = Grammars(Path(config.model_dir), self.vocab_size, self._parts.model.eos_token_ids)
         self._sequences: dict[RequestId, Sequence] = {}
         self._outputs: list[RequestOutput] = []  # of requests that ended outside a step
         self._order = 0
@@ -166,26 +170,35 @@ class Engine:
             raise AlreadyInFlight(f"request {request_id!r} is in flight already")
         check_request(request, checkpoint, self._limits, is_sampling_checked=is_sampling_checked)
         sampling = request.sampling
+        prompt = np.array(request.prompt_token_ids, dtype=np.int32)
         sequence = Sequence(
             request_id=request_id,
-            prompt=np.array(request.prompt_token_ids, dtype=np.int32),
+            prompt=prompt,
             sampling=sampling,
             seed=self._random.randrange(SEED_LIMIT) if sampling.seed is None else sampling.seed,
             adapter=self._key_of(request.adapter),
             priority=priority,
             order=self._order,
             is_streamed=stream,
+            findings=findings_for(prompt, request.num_continuation, sampling),
         )
         self._order += 1
-        if checkpoint is not None and checkpoint.token_ids:
-            sequence.output_ids = np.array(checkpoint.token_ids, np.int32)
-            sequence.output_logprobs = np.array(checkpoint.logprobs, np.float32)
+        if not sequence.is_drawn and len(prompt) == 1:  # nothing is before its only token
+            self._outputs.append(finished(sequence, FinishReason.LENGTH))
+            return
+        if checkpoint is not None and sequence.resume(checkpoint):
             reason = ended(request, checkpoint, self._parts.model.eos_token_ids, self.sizes.max_model_len)
             if reason is not None:
-                self._outputs.append(_finished(sequence, reason))
+                self._outputs.append(finished(sequence, reason))
                 return
+        grammar = sampling.grammar if sequence.is_drawn else None
+        if grammar is not None and not self._parts.model.eos_token_ids:
+            raise Refused(ErrorCode.INVALID_GRAMMAR, f"{grammar.kind}: the model has no end token to end a text with")
         self._sequences[request_id] = sequence
-        self._parts.scheduler.add(sequence)
+        if grammar is None:
+            self._parts.scheduler.add(sequence)
+        else:
+            self._grammars.add(sequence, grammar)
 
     def step(self) -> list[RequestOutput]:
         """Run one step: admit, launch, and read what was launched `depth` steps before.
@@ -194,16 +207,20 @@ class Engine:
         """
         started = time.perf_counter()
         outputs = self.take_outputs()
+        if self._grammars.num_waiting:
+            self._take_guided(outputs)
         if self._pipeline.num_in_flight and self._parts.scheduler.must_settle:
             self._settle(outputs)
         plan = self._parts.scheduler.schedule()
         for sequence, error in plan.failed:
             del self._sequences[sequence.request_id]
-            outputs.append(_finished(sequence, None, error))
+            outputs.append(finished(sequence, None, error))
         self._counters.preemptions += plan.num_preempted
         if plan.is_empty:
             if not outputs and not self._pipeline.num_in_flight and self._parts.scheduler.num_waiting:
                 self._parts.residency.wait(LOAD_WAIT_S)
+            elif not outputs and not self._pipeline.num_in_flight and self._grammars.num_waiting:
+                self._grammars.wait(LOAD_WAIT_S)
             self._settle(outputs)
         else:
             self._announce([s for s in plan.entering if not s.is_announced])
@@ -225,7 +242,7 @@ class Engine:
         for request_id in gone:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
-                self._parts.scheduler.remove(sequence)
+                self._remove(sequence)
         if not self._sequences:
             self._settle(self._outputs)  # of nobody: so that an engine without requests has no work
         self._outputs = [output for output in self._outputs if output.request_id not in gone]
@@ -240,15 +257,27 @@ class Engine:
         for request_id in list(self._sequences) if request_ids is None else request_ids:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
-                self._parts.scheduler.remove(sequence)
+                self._remove(sequence)
                 released[request_id] = sequence.checkpoint()
         return released
+
+    def prepare_grammars(self) -> None:
+        """Load what structured output needs, which takes seconds for a large vocabulary; else its first use does."""
+        self._grammars.prepare()
 
     def set_upcoming(self, adapters: Iterable[AdapterRef]) -> None:
         """Adapters that come after those of the requests in line, nearest first: the last to be evicted."""
         paths: dict[AdapterKey, Path] = {(ref.tenant, ref.revision): Path(ref.path) for ref in adapters}
         self._parts.residency.set_paths(paths)
         self._parts.scheduler.set_upcoming(list(paths))
+
+    def forget(self, adapters: Iterable[AdapterRef]) -> None:
+        """Drop these adapters from device and host memory, but for those of requests in flight."""
+        used = {sequence.adapter for sequence in self._sequences.values()}
+        for ref in adapters:
+            key = (ref.tenant, ref.revision)
+            if key not in used:
+                self._parts.residency.remove(key)
 
     def stats(self) -> EngineStats:
         """Totals since the engine started, and what it holds now."""
@@ -268,7 +297,7 @@ class Engine:
             adapter_evictions=residency.evictions,
             adapter_load_s=residency.load_s,
             num_running=parts.rows.num_used,
-            num_waiting=parts.scheduler.num_waiting,
+            num_waiting=parts.scheduler.num_waiting + self._grammars.num_waiting,
             pages_used=parts.pages.num_used,
             num_pages=parts.pages.num_pages,
             tiles_used=residency.tiles_used,
@@ -280,6 +309,7 @@ class Engine:
         """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""
         if self._open is not None:
             self.abort(list(self._sequences))
+            self._grammars.close()
             self._open.residency.close()
             self._open = None
 
@@ -289,13 +319,30 @@ class Engine:
         self._parts.residency.check_integrity()
         in_rows = sum(s.row is not None for s in self._sequences.values())
         assert in_rows == self._parts.rows.num_used, "a row has no request"
-        assert len(self._sequences) - in_rows == self._parts.scheduler.num_waiting, "a request is in no line"
+        num_waiting = self._parts.scheduler.num_waiting + self._grammars.num_waiting
+        assert len(self._sequences) - in_rows == num_waiting, "a request is in no line"
 
     @property
     def _forward_wait_s(self) -> float:
         """Seconds in which the engine waited for the forward pass. One without depth computes while it launches."""
         pipeline = self._pipeline
         return pipeline.wait_s if pipeline.depth else pipeline.launch_s + pipeline.wait_s
+
+    def _take_guided(self, outputs: list[RequestOutput]) -> None:
+        """Requests whose grammar has been compiled go into the line."""
+        ready, failed = self._grammars.take()
+        for sequence in ready:
+            self._parts.scheduler.add(sequence)
+        for sequence, error in failed:
+            del self._sequences[sequence.request_id]
+            outputs.append(finished(sequence, None, error))
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a request out, wherever it is."""
+        if self._grammars.holds(sequence):
+            self._grammars.remove(sequence)
+        else:
+            self._parts.scheduler.remove(sequence)
 
     def _settle(self, outputs: list[RequestOutput]) -> None:
         """Read every step in flight."""
@@ -304,41 +351,15 @@ class Engine:
 
     def _take(self, drawn: Drawn, outputs: list[RequestOutput]) -> None:
         """End the rows that are done; report them, and the new tokens of those that are streamed."""
-        for row in drawn.bad_rows:
-            error = JobError(code=ErrorCode.NUMERICAL, message="the model's logits hold NaN")
-            outputs.append(self._end(row, None, error))
-        rows, pace = self._parts.rows, self._parts.pace
+        pace = self._parts.pace
         if pace is not None:
             pace.observe(drawn.time.num_decode_rows, drawn.time.num_prompt_tokens, drawn.time.elapsed_s)
         self._counters.generated_tokens += len(drawn.rows)
-        is_over = drawn.is_stop | drawn.is_long
-        is_told = is_over | rows.is_streamed[drawn.rows]
-        if not is_told.any():
-            return
-        for i in np.flatnonzero(is_told).tolist():
-            row = int(drawn.rows[i])
-            new: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
-            if rows.is_streamed[row]:
-                new = ((int(drawn.token_ids[i]),), (float(drawn.logprobs[i]),))
-            if is_over[i]:
-                reason = FinishReason.STOP if drawn.is_stop[i] else FinishReason.LENGTH
-                outputs.append(self._end(row, reason, None, *new))
-            else:
-                sequence = rows.sequences[row]
-                assert sequence is not None
-                outputs.append(RequestOutput(sequence.request_id, *new))
-
-    def _end(
-        self,
-        row: int,
-        reason: FinishReason | None,
-        error: JobError | None,
-        new_token_ids: tuple[int, ...] = (),
-        new_logprobs: tuple[float, ...] = (),
-    ) -> RequestOutput:
-        sequence = self._parts.scheduler.end_row(row)
-        del self._sequences[sequence.request_id]
-        return _finished(sequence, reason, error, new_token_ids, new_logprobs)
+        taken = harvest(drawn, self._parts.rows, self._parts.scheduler)
+        for output in taken:
+            if output.is_finished:
+                del self._sequences[output.request_id]
+        outputs += taken
 
     def _count(self, plan: StepPlan) -> None:
         counters = self._counters
@@ -375,22 +396,3 @@ class Engine:
                 residency.prune(lambda known: known[0] == OFFLINE or known in in_flight)
             residency.add(key, Path(ref.path))
         return key
-
-
-def _finished(
-    sequence: Sequence,
-    reason: FinishReason | None,
-    error: JobError | None = None,
-    new_token_ids: tuple[int, ...] = (),
-    new_logprobs: tuple[float, ...] = (),
-) -> RequestOutput:
-    return RequestOutput(
-        sequence.request_id,
-        new_token_ids,
-        new_logprobs,
-        is_finished=True,
-        token_ids=tuple(sequence.output_ids.tolist()),
-        logprobs=tuple(sequence.output_logprobs.tolist()),
-        finish_reason=reason,
-        error=error,
-    )

@@ -9,23 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from medley_worker.engine.rows import Rows, RowTable
-from medley_worker.engine.scheduler import StepPlan
-from medley_worker.engine.sequences import Logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """The tokens drawn for `sampled`, in its order.
-
-    is_bad: rows whose logits held NaN, None where there were none; their tokens mean nothing.
-    """
-
-    token_ids: npt.NDArray[np.int64]  # [R]
-    logprobs: Logprobs  # [R], of the model's own distribution, before any sampling parameter
-    is_bad: npt.NDArray[np.bool_] | None
+from medley.spec.sampling import MAX_LOGPROBS
+from medley_worker.engine.plans import Rows, StepPlan
+from medley_worker.engine.results import Scores, StepResult, Tops
+from medley_worker.engine.rows import RowTable
 
 
 class Ticket(Protocol):
@@ -46,7 +34,7 @@ class Forward(Protocol):
     depth: int
 
     def launch(self, plan: StepPlan, sampled: Rows) -> Ticket:
-        """Compute the plan's tokens and draw the next one for each row of `sampled`.
+        """Compute the plan's tokens, draw the next one for each row of `sampled`, and score the chunks' targets.
 
         sampled: [R], the plan's decode rows and then the rows of its last chunks, in the plan's order. Rows and
         plan are read before it returns. No pending row of it has `rows.needs_output`.
@@ -74,9 +62,26 @@ class NullForward:
         self._vocab_size = vocab_size
 
     def launch(self, plan: StepPlan, sampled: Rows) -> DoneTicket:
-        del plan
         position = self._rows.num_tokens[sampled]
         # The multipliers of a linear congruential generator (Knuth, MMIX): cheap, and spread enough for a stand-in.
         mixed = (self._rows.seed[sampled] + position) * 6364136223846793005 + 1442695040888963407
         token_ids = (mixed >> 33) % self._vocab_size
-        return DoneTicket(StepResult(token_ids, np.full(len(sampled), -1.0, np.float32), None))
+        num_topped = int(np.count_nonzero(self._rows.num_top[sampled]))
+        num_targets = sum(chunk.num_targets for chunk in plan.chunks)
+        return DoneTicket(
+            StepResult(
+                token_ids,
+                np.full(len(sampled), -1.0, np.float32),
+                None,
+                self._tops(num_topped) if num_topped else None,
+                self._scores(num_targets) if num_targets else None,
+            )
+        )
+
+    def _tops(self, num: int) -> Tops:
+        ids = np.tile(np.arange(min(MAX_LOGPROBS, self._vocab_size)), (num, 1))
+        return Tops(ids, np.full(ids.shape, -1.0, np.float32))
+
+    def _scores(self, num: int) -> Scores:
+        is_bad = np.zeros(num, np.bool_)
+        return Scores(np.full(num, -1.0, np.float32), ~is_bad, is_bad, self._tops(num))

@@ -62,13 +62,19 @@ def _complete(output: RequestOutput, watch: StopWatch | None) -> Completion | No
     if watch is None or output.error is not None:
         if not output.is_finished:
             return None
-        return Completion(list(output.token_ids), list(output.logprobs), output.finish_reason, None, output.error)
+        return Completion(
+            list(output.token_ids),
+            list(output.logprobs),
+            output.finish_reason,
+            error=output.error,
+            details=output.details,
+        )
     if output.is_finished:
         has_end_token = output.finish_reason is FinishReason.STOP
-        text = watch.finish(output.token_ids, output.logprobs, has_end_token=has_end_token)
+        text = watch.finish(output.token_ids, output.logprobs, output.details, has_end_token=has_end_token)
         reason = output.finish_reason if watch.match is None else FinishReason.STOP
-        return Completion(watch.token_ids, watch.logprobs, reason, text)
-    watch.feed(output.new_token_ids, output.new_logprobs)
+        return Completion(watch.token_ids, watch.logprobs, reason, text, details=watch.details)
+    watch.feed(output.new_token_ids, output.new_logprobs, output.details)
     if watch.match is None:
         return None
-    return Completion(watch.token_ids, watch.logprobs, FinishReason.STOP, watch.match.text)
+    return Completion(watch.token_ids, watch.logprobs, FinishReason.STOP, watch.match.text, details=watch.details)

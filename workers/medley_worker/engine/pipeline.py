@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from medley_worker.engine.forward import Forward, Ticket
-from medley_worker.engine.rows import Rows, RowTable
-from medley_worker.engine.scheduler import Scheduler, StepPlan
+from medley_worker.engine.plans import Chunk, Rows, StepPlan
+from medley_worker.engine.rows import RowTable
+from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sequences import Logprobs
 
 
@@ -25,6 +26,8 @@ class _Launched:
     rows: Rows  # [R]
     places: npt.NDArray[np.int64]  # [R]: where in its row each token belongs
     tenures: npt.NDArray[np.int64]  # [R]: whose rows they were
+    scored: list[Chunk]
+    scored_tenures: npt.NDArray[np.int64]  # [scored]
     num_decode_rows: int
     num_prompt_tokens: int
     started_at: float
@@ -43,7 +46,8 @@ class StepTime:
 class Drawn:
     """What a step brought for the rows that still hold the sequences it was launched for, in its own order.
 
-    bad_rows: rows whose logits held NaN; they are not in `rows`, and got no token.
+    bad_rows: rows whose logits held NaN; they are not in `rows`, and got no token. scored_rows: rows whose prompts are
+    scored to their ends, and that draw no token.
     """
 
     rows: Rows  # [R]
@@ -52,7 +56,19 @@ class Drawn:
     is_stop: npt.NDArray[np.bool_]  # [R]: ended by an end token
     is_long: npt.NDArray[np.bool_]  # [R]: ended by length
     bad_rows: list[int]
+    scored_rows: list[int]
     time: StepTime
+
+    def where(self, is_kept: npt.NDArray[np.bool_]) -> Drawn:
+        """Without the rows [R] that are not kept."""
+        return replace(
+            self,
+            rows=self.rows[is_kept],
+            token_ids=self.token_ids[is_kept],
+            logprobs=self.logprobs[is_kept],
+            is_stop=self.is_stop[is_kept],
+            is_long=self.is_long[is_kept],
+        )
 
 
 class Pipeline:
@@ -95,9 +111,19 @@ class Pipeline:
         self._scheduler.advance(plan)
         tenures = self._rows.tenure[sampled]
         places = self._scheduler.expect(sampled)
-        num_prompt_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
+        scored = plan.scored_chunks
         self._launched.append(
-            _Launched(ticket, sampled, places, tenures, len(plan.decode_rows), num_prompt_tokens, started_at)
+            _Launched(
+                ticket,
+                sampled,
+                places,
+                tenures,
+                scored,
+                self._rows.tenure[[chunk.row for chunk in scored]],
+                num_decode_rows=len(plan.decode_rows),
+                num_prompt_tokens=sum(chunk.num_tokens for chunk in plan.chunks),
+                started_at=started_at,
+            )
         )
 
     def collect(self) -> Drawn:
@@ -113,11 +139,18 @@ class Pipeline:
         token_ids, logprobs = result.token_ids, result.logprobs
         is_kept = self._rows.tenure[rows] == step.tenures
         bad_rows: list[int] = []
+        scored_rows: list[int] = []
+        if step.scored:
+            assert result.scores is not None
+            bad_rows, scored_rows = self._rows.write_scores(step.scored, step.scored_tenures, result.scores)
+            is_kept &= ~np.isin(rows, bad_rows)
         if result.is_bad is not None:
-            bad_rows = rows[result.is_bad & is_kept].tolist()
+            bad_rows += rows[result.is_bad & is_kept].tolist()
             is_kept &= ~result.is_bad
+        if result.tops is not None:
+            self._rows.write_tops(rows, is_kept, result.tops)
         if not is_kept.all():
             rows, places, token_ids, logprobs = rows[is_kept], places[is_kept], token_ids[is_kept], logprobs[is_kept]
         is_stop, is_long = self._rows.write(rows, places, token_ids, logprobs)
         times = StepTime(step.num_decode_rows, step.num_prompt_tokens, elapsed_s)
-        return Drawn(rows, token_ids, logprobs, is_stop, is_long, bad_rows, times)
+        return Drawn(rows, token_ids, logprobs, is_stop, is_long, bad_rows, scored_rows, times)

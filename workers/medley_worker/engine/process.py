@@ -10,7 +10,6 @@ process: the shell sees which jobs were named as Running and not reported since.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import queue
@@ -19,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -34,6 +34,7 @@ from medley.spec.wire import (
     Add,
     EngineConfig,
     Finished,
+    Forget,
     FrameReader,
     FromEngine,
     JobKey,
@@ -54,10 +55,10 @@ from medley_worker.engine.outbox import Outbox
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
+from medley_worker.parents import die_with_parent
 
 STATS_INTERVAL_S = 1.0
 _RECEIVE_BYTES = 1 << 20
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CRASHED = 137  # what a SIGKILLed process reports
 
 log = structlog.get_logger()
@@ -138,9 +139,11 @@ class Service:
                 self._report(self._engine.take_outputs())  # a Shutdown may come before the next step
             case Upcoming(adapters=adapters):
                 self._engine.set_upcoming(adapters)
+            case Forget(adapters=adapters):
+                self._engine.forget(adapters)
 
     def _add(self, item: WorkItem) -> None:
-        request = Request(item.prompt_token_ids, item.adapter, item.sampling)
+        request = Request(item.prompt_token_ids, item.adapter, item.sampling, item.num_continuation)
         self._failpoint.see(item)
         try:
             self._engine.add_request(
@@ -157,7 +160,15 @@ class Service:
             log.warning("job.sent_twice", job=str(item.key.job), attempt=item.key.attempt, reason=str(error))
         except Exception as error:
             # Not announced, this job would not be suspected of ending the process, and come again and again.
-            log.exception("job.untaken", job=str(item.key.job), attempt=item.key.attempt)
+            # Neither the error's text nor its locals, which hold the prompt.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            log.error(
+                "job.untaken",
+                job=str(item.key.job),
+                attempt=item.key.attempt,
+                error=type(error).__name__,
+                where=f"{place.filename}:{place.lineno}",
+            )
             message = f"the engine could not take the job in: {type(error).__name__}"
             self._send(_failed(item.key, JobError(code=ErrorCode.ENGINE, message=message)))
 
@@ -178,13 +189,14 @@ class Service:
 def _message(output: RequestOutput) -> Finished | Progress:
     key = cast(JobKey, output.request_id)
     if not output.is_finished:
-        return Progress(key=key, token_ids=output.new_token_ids, logprobs=output.new_logprobs)
+        return Progress(key=key, token_ids=output.new_token_ids, logprobs=output.new_logprobs, details=output.details)
     return Finished(
         key=key,
         token_ids=output.token_ids,
         logprobs=output.logprobs,
         finish_reason=output.finish_reason,
         error=output.error,
+        details=output.details,
     )
 
 
@@ -207,12 +219,6 @@ def read_bodies(connection: socket.socket, inbox: queue.SimpleQueue[bytes]) -> N
     os._exit(0)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def main() -> int:
     """Serve the socket `--fd` until Shutdown or its end. Exit status 2: the engine could not be built."""
     parser = argparse.ArgumentParser(prog="medley_worker.engine.process")
@@ -222,6 +228,12 @@ def main() -> int:
     # Ctrl-C reaches the whole terminal group; the shell decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            # structlog's own choice would print the local variables of each frame.
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
@@ -235,6 +247,7 @@ def main() -> int:
     try:
         failpoint = Failpoint(os.environ.get("MEDLEY_ENGINE_FAILPOINT"))
         engine = Engine(config)
+        engine.prepare_grammars()
     except (ValueError, OSError) as error:
         log.error("engine.unbuildable", reason=str(error))
         return 2

@@ -6,13 +6,16 @@ instead of a Python loop. Knows nothing of the waiting line, of tensors or of me
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 import numpy.typing as npt
 
 from medley.spec.sampling import MAX_STOP, SamplingParams
+from medley_worker.engine.plans import Chunk, Rows
+from medley_worker.engine.results import Scores, Tops
 from medley_worker.engine.sequences import Logprobs, Sequence, Tokens
 
-Rows = npt.NDArray[np.int64]  # row indices
 NO_TOKEN = -1  # pads stop_ids; token ids are 0 or more, so it matches none
 
 
@@ -61,9 +64,13 @@ class RowTable:
         self.is_streamed = np.zeros(num_rows, np.bool_)
         self.is_plain = np.ones(num_rows, np.bool_)
         self.needs_output = np.zeros(num_rows, np.bool_)  # its draw reads its output tokens
+        self.is_guided = np.zeros(num_rows, np.bool_)  # its draw takes a grammar that has seen its newest token
         self.is_pending = np.zeros(num_rows, np.bool_)  # its newest token is in flight: a gap in token_ids
         self.is_complete = np.zeros(num_rows, np.bool_)  # its last token by length is in flight
         self.tenure = np.zeros(num_rows, np.int64)  # new for each sequence that holds the row
+        self.is_drawn = np.ones(num_rows, np.bool_)  # else it ends when its prompt is scored
+        self.next_target = np.zeros(num_rows, np.int64)  # the next prompt token to be scored; prompt_len: none
+        self.num_top = np.zeros(num_rows, np.int64)  # alternatives wanted beside each drawn token
         self.adapter_index = np.zeros(num_rows, np.int64)  # 0: the base; else the scheduler's index of the adapter
         self.seed = np.zeros(num_rows, np.int64)
         self.sequences: list[Sequence | None] = [None] * num_rows
@@ -93,12 +100,19 @@ class RowTable:
         self.prompt_len[row] = prompt_len
         sampling = sequence.sampling
         self.stop_len[row] = min(prompt_len + sampling.max_tokens, self.max_len)
+        if not sequence.is_drawn:
+            self.stop_len[row] = prompt_len + 1  # never reached
         self.min_len[row] = prompt_len + sampling.min_tokens
         self.is_decoding[row] = False
         self.is_streamed[row] = sequence.is_streamed
-        self.is_plain[row] = is_plain(sampling)
+        self.is_guided[row] = sequence.matcher is not None
+        self.is_plain[row] = is_plain(sampling) and sequence.matcher is None
         self.needs_output[row] = needs_output(sampling)
         self.is_pending[row] = self.is_complete[row] = False
+        findings = sequence.findings
+        self.is_drawn[row] = sequence.is_drawn
+        self.next_target[row] = prompt_len if findings is None else findings.num_scored
+        self.num_top[row] = 0 if findings is None else findings.num_top
         self.adapter_index[row] = adapter_index
         self.seed[row] = sequence.seed
         ends = (() if sampling.ignore_eos else self.eos_token_ids) + sampling.stop_token_ids
@@ -117,7 +131,7 @@ class RowTable:
         sequence.row = None
         pages: list[int] = self.page_table[row, : self.num_pages[row]].tolist()
         self.num_pages[row] = 0
-        self.is_decoding[row] = self.is_pending[row] = self.is_complete[row] = False
+        self.is_decoding[row] = self.is_pending[row] = self.is_complete[row] = self.is_guided[row] = False
         self.tenure[row] += 1
         self.sequences[row] = None
         self._free.append(row)
@@ -158,6 +172,40 @@ class RowTable:
             is_stop &= num_known > self.min_len[rows]
         return is_stop, num_known >= self.stop_len[rows]
 
+    def write_tops(self, rows: Rows, is_kept: npt.NDArray[np.bool_], tops: Tops) -> None:
+        """Hand the likeliest tokens [n, k] to those of `rows` [R] that want them (n of them), where they are kept."""
+        topped = np.flatnonzero(self.num_top[rows] > 0)
+        for i, at in enumerate(topped.tolist()):
+            sequence = self.sequences[rows[at]] if is_kept[at] else None
+            if sequence is not None:
+                assert sequence.findings is not None
+                sequence.findings.put_new(tops.token_ids[i], tops.logprobs[i])
+
+    def write_scores(
+        self, chunks: Seq[Chunk], tenures: npt.NDArray[np.int64], scores: Scores
+    ) -> tuple[list[int], list[int]]:
+        """Hand the chunks' scores to their rows, but where another sequence holds the row.
+
+        Returns (rows whose logits held NaN, rows that are scored to their ends and draw nothing).
+        """
+        bad, ended, start = [], [], 0
+        for chunk, tenure in zip(chunks, tenures.tolist(), strict=True):
+            part, start = slice(start, start + chunk.num_targets), start + chunk.num_targets
+            sequence = self.sequences[chunk.row] if self.tenure[chunk.row] == tenure else None
+            if sequence is None:
+                continue
+            if scores.is_bad[part].any():
+                bad.append(chunk.row)
+                continue
+            findings = sequence.findings
+            assert findings is not None
+            if scores.tops is not None and findings.num_scored_top:
+                findings.put_tops(chunk.first_target, scores.tops.token_ids[part], scores.tops.logprobs[part])
+            findings.put_scores(chunk.first_target, scores.logprobs[part], scores.is_best[part])
+            if not self.is_drawn[chunk.row] and findings.num_scored == self.prompt_len[chunk.row]:
+                ended.append(chunk.row)
+        return bad, ended
+
     def held_pages(self) -> list[int]:
         return [int(p) for row in range(self.num_rows) for p in self.page_table[row, : self.num_pages[row]]]
 
@@ -178,6 +226,8 @@ class RowTable:
             assert self.num_known[row] < self.stop_len[row], f"row {row} should have ended"
             assert self.num_tokens[row] <= self.stop_len[row], f"row {row} goes on past its end"
             assert self.is_pending[row] == (self.num_known[row] < self.num_tokens[row]), f"row {row} is miscounted"
-            assert self.is_complete[row] == (self.num_tokens[row] == self.stop_len[row]), f"row {row} ends unmarked"
+            is_long = self.num_tokens[row] == self.stop_len[row]
+            is_scored = not self.is_drawn[row] and self.is_decoding[row]
+            assert self.is_complete[row] == (is_long or is_scored), f"row {row} ends unmarked"
             if self.is_decoding[row]:
                 assert self.num_computed[row] == self.num_tokens[row] - 1, f"row {row} decodes with a gap"

@@ -6,15 +6,21 @@ It decides nothing: what runs is the plan's. On CUDA, cuda_forward.py does the s
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from medley_worker.engine.adapters import AdapterCache
-from medley_worker.engine.forward import DoneTicket, StepResult
-from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.forward import DoneTicket
+from medley_worker.engine.plans import Rows, StepPlan
+from medley_worker.engine.results import Scores, StepResult, Tops
+from medley_worker.engine.rows import RowTable
 from medley_worker.engine.sampling_rows import sampling_rows
-from medley_worker.engine.scheduler import Scheduler, StepPlan
+from medley_worker.engine.scheduler import Scheduler
+from medley_worker.engine.score_pass import Targets, score_rows, targets_of, topped_rows
 from medley_worker.models import Decoder, KVCache, build_batch
 from medley_worker.ops.lora import LoraBatch
 from medley_worker.ops.sampling import build_sampling_batch, sample
+from medley_worker.ops.scoring import Best, best_tokens
 
 
 class ModelForward:
@@ -57,9 +63,30 @@ class ModelForward:
             lora=lora,
             device=self._decoder.device,
         )
-        logits = self._decoder.forward(batch, self._kv)  # [R, V] float32
+        x, residual = self._decoder.trunk(batch, self._kv)
+        targets = targets_of(plan, rows)
+        scores = None if targets is None else self._score(x, residual, targets)
+        logits = self._decoder.head(x, residual, batch.logit_rows)  # [R, V] float32
         entries = sampling_rows(rows, sampled, logits.shape[1])
         drawn = sample(logits, build_sampling_batch(entries, logits.shape[1], logits.device))
         is_bad = drawn.is_nan.cpu().numpy()
         drawn_ids, logprobs = drawn.token_ids.cpu().numpy(), drawn.logprobs.cpu().numpy()
-        return DoneTicket(StepResult(drawn_ids, logprobs, is_bad if is_bad.any() else None))
+        topped, num_top = topped_rows(sampled, rows)
+        tops = _tops(best_tokens(logits[torch.from_numpy(topped)], num_top)) if num_top else None
+        return DoneTicket(StepResult(drawn_ids, logprobs, is_bad if is_bad.any() else None, tops, scores))
+
+    def _score(self, x: Tensor, residual: Tensor, targets: Targets) -> Scores:
+        """x, residual: [T, H], the decoder's trunk."""
+        found = score_rows(
+            lambda at: self._decoder.head(x, residual, at),
+            torch.from_numpy(targets.places),
+            torch.from_numpy(targets.token_ids),
+            targets.num_top,
+            self._decoder.config.vocab_size,
+        )
+        tops = None if found.best is None else _tops(found.best)
+        return Scores(found.logprobs.numpy(), found.is_best.numpy(), found.is_nan.numpy(), tops)
+
+
+def _tops(best: Best) -> Tops:
+    return Tops(best.token_ids.numpy(), best.logprobs.numpy())

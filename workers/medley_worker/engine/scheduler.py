@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from medley.spec.errors import JobError
 from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
-from medley_worker.engine.rows import Rows, RowTable
+from medley_worker.engine.plans import Chunk, Rows, StepPlan
+from medley_worker.engine.rows import RowTable
 from medley_worker.engine.sequences import AdapterKey, Refused, Sequence
 
 
@@ -46,38 +45,6 @@ class Residency(Protocol):
     def unpin(self, key: AdapterKey) -> None: ...
 
     def set_upcoming(self, keys: Seq[AdapterKey]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens start .. start + num_tokens of a row's known tokens, to be computed in this step."""
-
-    row: int
-    start: int
-    num_tokens: int
-    is_last: bool  # the next token is drawn after it
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step. Decode rows and chunks are each sorted by adapter, so that segments are contiguous."""
-
-    decode_rows: Rows
-    chunks: list[Chunk] = field(default_factory=list)
-    entering: list[Sequence] = field(default_factory=list)  # admitted now and not announced before
-    failed: list[tuple[Sequence, JobError]] = field(default_factory=list)  # gone; they hold nothing any more
-    num_preempted: int = 0
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.chunks and len(self.decode_rows) == 0
-
-    def sampled_rows(self) -> Rows:
-        """[R]: the rows whose next token is drawn: decode rows, then rows whose last chunk this is."""
-        if not self.chunks:
-            return self.decode_rows
-        last = [chunk.row for chunk in self.chunks if chunk.is_last]
-        return np.concatenate([self.decode_rows, np.array(last, np.int64)])
 
 
 class Scheduler:
@@ -186,15 +153,19 @@ class Scheduler:
 
         While tokens are in flight, `must_settle` is False.
         """
-        num_preempted = self._grow_decoding()
+        rows, num_preempted = self._rows, self._grow_decoding()
         if self._is_line_new and self._residency.loads_ahead:
             self._residency.set_upcoming(self._next_uses())
             self._is_line_new = False
         if self._decode_order is None:
-            decoding = np.flatnonzero(self._rows.is_decoding & ~self._rows.is_complete)
-            self._decode_order = decoding[np.argsort(self._rows.adapter_index[decoding], kind="stable")]
-        plan = StepPlan(self._decode_order, num_preempted=num_preempted)
-        budget = self._prompt_budget(len(self._decode_order))
+            decoding = np.flatnonzero(rows.is_decoding & ~rows.is_complete)
+            self._decode_order = decoding[np.argsort(rows.adapter_index[decoding], kind="stable")]
+        decode_rows = self._decode_order
+        if rows.is_guided.any():
+            # What they may draw depends on a token in flight: they sit this step out, and the others go on.
+            decode_rows = decode_rows[~(rows.is_guided & rows.is_pending)[decode_rows]]
+        plan = StepPlan(decode_rows, num_preempted=num_preempted)
+        budget = self._prompt_budget(len(decode_rows))
         for row in self._prefilling:
             if budget == 0:
                 break
@@ -211,8 +182,11 @@ class Scheduler:
         self._rows.num_computed[plan.decode_rows] += 1
         for chunk in plan.chunks:
             self._rows.num_computed[chunk.row] += chunk.num_tokens
-            if chunk.is_last:
+            if chunk.num_targets:
+                self._rows.next_target[chunk.row] = chunk.first_target + chunk.num_targets
+            if chunk.is_last or self._rows.num_computed[chunk.row] == self._end_of(chunk.row):
                 self._rows.is_decoding[chunk.row] = True
+                self._rows.is_complete[chunk.row] = not chunk.is_last
                 self._prefilling.remove(chunk.row)
                 self._decode_order = None
 
@@ -269,11 +243,18 @@ class Scheduler:
         self.add(self.end_row(victim[2]))
 
     def _add_chunk(self, plan: StepPlan, row: int, budget: int) -> int:
-        start = int(self._rows.num_computed[row])
-        left = int(self._rows.num_tokens[row]) - start
+        rows, start = self._rows, int(self._rows.num_computed[row])
+        left = self._end_of(row) - start
         num_tokens = min(left, budget)
-        plan.chunks.append(Chunk(row, start, num_tokens, num_tokens == left))
+        is_last = num_tokens == left and bool(rows.is_drawn[row])
+        first_target = max(int(rows.next_target[row]), start + 1)
+        num_targets = max(0, min(int(rows.prompt_len[row]), start + num_tokens + 1) - first_target)
+        plan.chunks.append(Chunk(row, start, num_tokens, is_last, first_target, num_targets))
         return num_tokens
+
+    def _end_of(self, row: int) -> int:
+        """How many of a prefilling row's tokens are to be computed: nothing comes after the last of a scored prompt."""
+        return int(self._rows.num_tokens[row]) - (not self._rows.is_drawn[row])
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         rows, pages = self._rows, self._pages

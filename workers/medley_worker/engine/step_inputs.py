@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from medley_worker.engine.rows import NO_TOKEN, Rows, RowTable
-from medley_worker.engine.scheduler import StepPlan
+from medley_worker.engine.plans import Rows, StepPlan
+from medley_worker.engine.rows import NO_TOKEN, RowTable
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]

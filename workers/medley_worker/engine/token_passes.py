@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from medley_worker.engine.plans import StepPlan
 from medley_worker.engine.rows import NO_TOKEN, RowTable
-from medley_worker.engine.scheduler import StepPlan
 from medley_worker.engine.step_inputs import StepContents, held_pages
 
 

@@ -68,6 +68,11 @@ class Decoder:
 
         out: [R, V] float32, written and returned where given.
         """
+        return self.head(*self.trunk(batch, kv), batch.logit_rows, out)
+
+    @torch.inference_mode()
+    def trunk(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """What `head` makes logits of: (the last layer's output, the residual), [T, H] each. Writes into `kv`."""
         if batch.attention.fresh_pages is not None:
             kv.clear(batch.attention.fresh_pages)
         ops, weights = self._ops, self._weights
@@ -80,10 +85,20 @@ class Decoder:
             x = self._attention(x, index, layer, batch, kv, rope)
             x = ops.add_rms_norm(x, residual, layer.post_norm)
             x = self._mlp(x, index, layer, batch)
-        if batch.logit_rows is not None:
-            if len(batch.logit_rows) == 0:
+        return x, residual
+
+    @torch.inference_mode()
+    def head(self, x: Tensor, residual: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Logits [R, V] float32 of `rows` ([R] int) of a trunk's [T, H].
+
+        rows: None takes all, once, as x and residual may be mutated then. out: [R, V] float32, written and returned
+        where given.
+        """
+        ops, weights = self._ops, self._weights
+        if rows is not None:
+            if len(rows) == 0:
                 return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-            x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         x = ops.add_rms_norm(x, residual, weights.final_norm)
         logits = ops.linear(x, weights.lm_head)
         return logits.to(torch.float32) if out is None else out.copy_(logits)

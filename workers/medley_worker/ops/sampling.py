@@ -1,8 +1,8 @@
 """Drawing the next token of each row: one formula for CPU and GPU, whose noise does not depend on the row.
 
-Order: logit_bias, penalties and masked ids; temperature; top-k, top-p, min-p; argmax(logit + Gumbel noise). The
-noise of a token is a hash of (seed, position, token id) and of nothing else, so a draw is the same in any batch,
-at any place, and after a preemption.
+Order: logit_bias, penalties, masked ids and grammars' masks; temperature; top-k, top-p, min-p; argmax(logit + Gumbel
+noise). The noise of a token is a hash of (seed, position, token id) and of nothing else, so a draw is the same in any
+batch, at any place, and after a preemption.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class SamplingRow:
 
     position: the place in its sequence of the token to be drawn (prompt tokens + generated so far). token ids:
     prompt and output so far, read by penalties alone. masked_token_ids: can not be drawn (end tokens before
-    min_tokens).
+    min_tokens). allowed: [ceil(V / 32)] int32, bit i of word w: whether token 32 w + i can be drawn; None: all can.
     """
 
     params: SamplingParams
@@ -40,6 +41,7 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     masked_token_ids: Sequence[int] = ()
+    allowed: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,14 @@ class SeenTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """What may be drawn in rows that a grammar guides."""
+
+    rows: Tensor  # [n] int64 into the processed rows
+    allowed: Tensor  # [n, ceil(V / 32)] int32, see SamplingRow.allowed
+
+
+@dataclass(frozen=True, slots=True)
 class Filters:
     """Per processed row; a row that does not use a filter holds the value that keeps everything."""
 
@@ -78,6 +88,7 @@ class SamplingBatch:
     rows: Tensor | None = None  # [n] int64 of the logits' rows, ascending
     edits: Edits | None = None
     seen: SeenTokens | None = None
+    masks: Masks | None = None
     temperature: Tensor | None = None  # [n, 1] float32; 1 for greedy rows among the processed
     noise_keys: Tensor | None = None  # [n, 1] int64
     is_random: Tensor | None = None  # [n, 1] bool
@@ -112,6 +123,7 @@ def build_sampling_batch(
         rows=_upload(torch.tensor(indices), device),
         edits=_edits(used, vocab_size, device),
         seen=_seen_tokens(used, vocab_size, device),
+        masks=_masks(used, device),
         temperature=column([max(t, MIN_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32)
         if is_random
         else None,
@@ -169,6 +181,14 @@ def _seen_tokens(rows: list[SamplingRow], vocab_size: int, device: torch.device 
     )
 
 
+def _masks(rows: list[SamplingRow], device: torch.device | str) -> Masks | None:
+    guided = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not guided:
+        return None
+    at, allowed = zip(*guided, strict=True)
+    return Masks(_upload(torch.tensor(at), device), _upload(torch.from_numpy(np.stack(allowed)), device))
+
+
 def _filters(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> Filters | None:
     params = [row.params for row in rows]
     # Greedy rows take the best token, which every filter keeps.
@@ -208,6 +228,12 @@ def _process(logits: Tensor, batch: SamplingBatch) -> Tensor:
         values = logits[seen.rows, seen.token_ids]
         values = torch.where(values > 0, values / seen.repetition, values * seen.repetition)
         logits[seen.rows, seen.token_ids] = values - seen.subtract
+    if batch.masks is not None:
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        is_allowed = (batch.masks.allowed.unsqueeze(-1) >> bits) & 1  # [n, words, 32]
+        is_banned = is_allowed.flatten(1)[:, : logits.shape[1]] == 0
+        rows = batch.masks.rows
+        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill(is_banned, -math.inf))
     if batch.temperature is None or batch.noise_keys is None or batch.is_random is None:
         return logits
     # The best token at 0: at a tiny temperature the others go to -inf, and none to +inf.

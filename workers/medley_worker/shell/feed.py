@@ -1,13 +1,16 @@
 """The way into the engine: which process is there, and what is sent to it, in order.
 
-Owns the place of the one live engine link. What may enter is the table's decision.
+Owns the place of the one live engine link, and the list of adapters that its engine was given. What may enter is the
+table's decision.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from uuid import UUID
 
-from medley.spec.wire import ToEngine, Upcoming
+from medley.spec.wire import AdapterRef, Forget, ToEngine, Upcoming
 from medley_worker.shell.engine_link import EngineLink
 from medley_worker.shell.held import HeldJobs
 
@@ -19,11 +22,16 @@ class Feed:
         self._held = held
         self._lock = threading.Lock()
         self._link: EngineLink | None = None
+        self._given: dict[UUID, AdapterRef] = {}  # by revision
+        self._expected: tuple[AdapterRef, ...] = ()
 
     def open(self, link: EngineLink) -> None:
         """From now on jobs go to `link`."""
         with self._lock:
             self._link = link
+            self._given = {}
+            if self._expected:
+                link.send(Upcoming(self._expected))
         self.offer()
 
     def close(self) -> None:
@@ -38,12 +46,41 @@ class Feed:
                 return
             items, later = self._held.enter()
             if items:
+                adapters = (*(item.adapter for item in items if item.adapter is not None), *later)
+                self._given |= {adapter.revision: adapter for adapter in adapters}
                 self._link.add(items)
                 if later:
-                    self._link.send(Upcoming(later))
+                    self._link.send(Upcoming(_joined(later, self._expected)))
+
+    def expect(self, adapters: tuple[AdapterRef, ...]) -> None:
+        """Adapters of jobs that are likely to be assigned next, nearest first, in place of those named before."""
+        with self._lock:
+            self._expected = adapters
+            if self._link is not None:
+                self._link.send(Upcoming(_joined(self._held.later(), adapters)))
+
+    def given(self) -> list[UUID]:
+        """The adapter revisions of which the engine may hold something."""
+        with self._lock:
+            return list(self._given)
+
+    def forget(self, revisions: Iterable[UUID]) -> int:
+        """Have the engine forget these, but for those of jobs that are held. Returns how many it was told of."""
+        with self._lock:
+            held = self._held.revisions()
+            gone = [self._given.pop(r) for r in revisions if r in self._given and r not in held]
+            if gone and self._link is not None:
+                self._link.send(Forget(tuple(gone)))
+            return len(gone)
 
     def send(self, message: ToEngine) -> None:
         """Send to the engine, if there is one; an engine that is not there holds no jobs."""
         with self._lock:
             if self._link is not None:
                 self._link.send(message)
+
+
+def _joined(*parts: tuple[AdapterRef, ...]) -> tuple[AdapterRef, ...]:
+    """Each revision once, at its nearest place."""
+    nearest = {ref.revision: ref for part in reversed(parts) for ref in reversed(part)}
+    return tuple({ref.revision: nearest[ref.revision] for part in parts for ref in part}.values())

@@ -69,6 +69,16 @@ class HeldJobs:
         with self._changed:
             return [job for job in jobs if job not in self._jobs]
 
+    def adapter_paths(self) -> set[str]:
+        """The folders of adapters that held jobs want."""
+        with self._changed:
+            return {h.item.adapter.path for h in self._jobs.values() if h.item is not None and h.item.adapter}
+
+    def revisions(self) -> set[UUID]:
+        """The adapter revisions of the jobs that are held."""
+        with self._changed:
+            return {held.revision for held in self._jobs.values() if held.revision is not None}
+
     def hold(self, jobs: Iterable[Held]) -> list[Held]:
         """Take jobs in; a job that is held already is left out. Returns those that were taken."""
         taken = []
@@ -102,8 +112,12 @@ class HeldJobs:
                 held.phase = Phase.IN_ENGINE
                 self._in_engine[held.key.job] = held
                 items.append(held.item)
-            later = (held.item.adapter for held in self._waiting.values() if held.item and held.item.adapter)
-            return items, tuple({adapter.revision: adapter for adapter in later}.values())
+            return items, self._later()
+
+    def later(self) -> tuple[AdapterRef, ...]:
+        """The adapters of what waits to enter the engine, in order."""
+        with self._changed:
+            return self._later()
 
     def announce(self, keys: Iterable[JobKey]) -> None:
         """The engine has named these in a Running."""
@@ -214,6 +228,10 @@ class HeldJobs:
             assert all(h.phase is Phase.WAITING and h.step_limit is not None for h in self._suspects.values())
             assert all(h.phase is Phase.IN_ENGINE for h in self._in_engine.values())
             assert sum(h.phase is not Phase.ENDING for h in self._jobs.values()) == len(places)
+
+    def _later(self) -> tuple[AdapterRef, ...]:
+        later = (held.item.adapter for held in self._waiting.values() if held.item and held.item.adapter)
+        return tuple({adapter.revision: adapter for adapter in later}.values())
 
     def _wait(self, held: Held) -> None:
         (self._waiting if held.step_limit is None else self._suspects)[held.key.job] = held

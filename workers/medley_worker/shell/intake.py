@@ -6,7 +6,6 @@ One thread, one query a take. What cannot run for a reason of its own ends here,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from uuid import UUID
 
 import msgspec
@@ -14,12 +13,13 @@ import structlog
 from sqlalchemy import Connection
 
 from medley.db.ends import End, Result
-from medley.db.inputs import Assigned, fetch_inputs
+from medley.db.inputs import Assigned, Continuation, fetch_inputs
 from medley.db.inputs import assigned as rows_assigned
+from medley.objects import StoreError
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import JobState
 from medley.spec.wire import AdapterRef, JobKey, WorkItem
-from medley.store import Store, StoreError
+from medley_worker.shell.adapter_folders import AdapterFolders, Coming
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs, Phase
 from medley_worker.shell.inbox import Inbox
@@ -29,7 +29,6 @@ from medley_worker.shell.transactions import Outage, Transactions, Unreachable
 
 MAX_TAKE = 256  # ids of one query; with the longest prompts allowed their inputs are some tens of MB
 TURN_S = 1.0
-MAX_PATHS = 4_096  # adapter folders remembered
 
 log = structlog.get_logger()
 
@@ -65,10 +64,11 @@ class Intake:
             ids = self._inbox.take(MAX_TAKE, TURN_S)
             if ids:
                 self._take(ids)
+            self._preparation.folders.release(self._held.adapter_paths)
 
     def _take(self, ids: list[UUID]) -> None:
         # While the worker does not accept, the look for missed rows gives back what is assigned to it.
-        wanted = self._held.not_held(ids)
+        wanted = self._preparation.folders.not_awaiting(self._held.not_held(ids))
         if not wanted or not self._accepts():
             return
 
@@ -110,20 +110,29 @@ _UNREADABLE = JobError(code=ErrorCode.ENGINE, message="prompt: the model's token
 class Preparation:
     """Turns inputs into what the engine takes. max_model_len: of the loaded engine, None before it is."""
 
-    def __init__(self, codec: TextCodec, store: Store, max_model_len: Callable[[], int | None]) -> None:
+    def __init__(self, codec: TextCodec, folders: AdapterFolders, max_model_len: Callable[[], int | None]) -> None:
         self._codec = codec
         self._max_model_len = max_model_len
-        # A revision never changes its place; the engine says so where its files are gone after all.
-        self._adapter_path = lru_cache(MAX_PATHS)(lambda digest: str(store.path(digest)))
+        self.folders = folders
 
     def prepare(self, assigned: Sequence[Assigned]) -> tuple[list[Held], list[Result]]:
-        """All jobs for the table, and the results of those among them (ENDING) that cannot run."""
-        tokens = self._tokens([job for job in assigned if job.prompt_token_ids is None])
+        """The jobs for the table, and the results of those among them (ENDING) that cannot run.
+
+        Left out are jobs whose adapter is on its way to this machine.
+        """
+        tokens = self._tokens([job for job in assigned if job.prompt_token_ids is None and job.continuation is None])
         jobs: list[Held] = []
         failures: list[Result] = []
         for job in assigned:
-            ids = tokens.get(job.job, ()) if job.prompt_token_ids is None else job.prompt_token_ids
-            ready = self._item(job, ids) if job.prompt_token_ids is not None or job.job in tokens else _UNREADABLE
+            ids, num_continuation = job.prompt_token_ids, 0
+            if job.continuation is not None:
+                ids, num_continuation = self._pair(job, job.continuation)
+            elif ids is None:
+                ids = tokens.get(job.job)
+            try:
+                ready = _UNREADABLE if ids is None else self._item(job, ids, num_continuation)
+            except Coming:
+                continue
             if isinstance(ready, JobError):
                 jobs.append(Held(JobKey(job.job, job.attempt), phase=Phase.ENDING))
                 failures.append(
@@ -132,7 +141,7 @@ class Preparation:
                         attempt=job.attempt,
                         state=JobState.FAILED,
                         error=ready,
-                        prompt_tokens=len(ids),
+                        prompt_tokens=len(ids or ()),
                     )
                 )
             else:
@@ -152,21 +161,35 @@ class Preparation:
             return {}
         return {job.job: tuple(ids) for job, ids in zip(jobs, encoded, strict=True)}
 
-    def _item(self, job: Assigned, ids: tuple[int, ...]) -> WorkItem | JobError:
-        if job.is_quarantined:
-            error = End.quarantined().error
-            assert error is not None
-            return error
-        longest = self._max_model_len()
-        if longest is not None and len(ids) + 1 > longest:
+    def _pair(self, job: Assigned, continuation: Continuation) -> tuple[tuple[int, ...] | None, int]:
+        """Prompt and continuation as one, and how many tokens of it are the continuation; None where unreadable."""
+        prompt = job.prompt or "" if job.prompt_token_ids is None else job.prompt_token_ids
+        after = continuation.text or "" if continuation.token_ids is None else continuation.token_ids
+        try:
+            before, scored = self._codec.encode_pair(prompt, after)
+        except Exception as error:
+            log.error("prompt.unreadable", job=job.job.hex, error=type(error).__name__)
+            return None, 0
+        return (*before, *scored), len(scored)
+
+    def _item(self, job: Assigned, ids: tuple[int, ...], num_continuation: int) -> WorkItem | JobError:
+        for is_barred, end in ((job.is_quarantined, End.quarantined()), (job.is_revoked, End.revoked())):
+            if is_barred and end.error is not None:
+                return end.error
+        if job.continuation is not None and not 0 < num_continuation < len(ids):
+            which = "continuation" if num_continuation == 0 else "prompt"
+            return JobError(code=ErrorCode.INVALID_TOKEN, message=f"{which}: got no token of its own, wanted 1 or more")
+        is_drawn = num_continuation == 0 and job.sampling.max_tokens > 0
+        max_model_len = self._max_model_len()
+        if max_model_len is not None and len(ids) + is_drawn > max_model_len:
             return JobError(
                 code=ErrorCode.PROMPT_TOO_LONG,
-                message=f"prompt: got {len(ids)} tokens, wanted at most {longest - 1}",
+                message=f"prompt: got {len(ids)} tokens, wanted at most {max_model_len - is_drawn}",
             )
         adapter = None
         if job.revision is not None:
             try:
-                path = self._adapter_path(job.digest or "")
+                path = str(self.folders.path(job.digest or "", job.job))
             except (StoreError, OSError) as error:
                 log.error("adapter.unavailable", job=job.job.hex, revision=job.revision.hex, reason=str(error))
                 return JobError(
@@ -180,6 +203,7 @@ class Preparation:
             adapter=adapter,
             sampling=job.sampling,
             checkpoint=job.checkpoint,
-            want_progress=bool(job.sampling.stop),
+            want_progress=bool(job.sampling.stop) and is_drawn,
             priority=job.priority,
+            num_continuation=num_continuation,
         )

@@ -24,10 +24,12 @@ from medley.config import ConfigError, Settings
 from medley.db import workers
 from medley.db.workers import Room, WorkerState
 from medley.garbage import collect_rarely
+from medley.objects import StoreError
 from medley.rings import Ringer
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
-from medley.store import Store, StoreError
+from medley_worker.shell.adapter_folders import AdapterFolders
+from medley_worker.shell.ahead import Ahead
 from medley_worker.shell.controller import Controller, EngineUseless
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
@@ -61,7 +63,7 @@ class Shell:
         self._settings = settings
         self._ends = ends
         self.worker = worker = uuid7()
-        self._transactions = transactions = Transactions(settings.database_url, num_threads=6)
+        self._transactions = transactions = Transactions(settings.database_url, num_threads=7)
         self._ringer = ringer = Ringer(settings.redis_url)
         codec = TextCodec.load(model_dir)
         max_num_seqs = settings.worker.max_num_seqs
@@ -91,11 +93,12 @@ class Shell:
             on_state=lease.renew_soon,
             on_leave=lease.give_up,
         )
-        preparation = Preparation(codec, Store.open(settings.store_url), controller.max_model_len)
+        folders = AdapterFolders.open(settings.store_url, settings.worker, self._inbox.put)
+        preparation = Preparation(codec, folders, controller.max_model_len)
         accepts = controller.accepts
         intake = Intake(transactions, worker, self._inbox, held, feed, results, preparation, accepts=accepts)
         watch = Watch(transactions, worker, self._inbox, held, feed, results, accepts=accepts)
-        self._messages = Messages(settings.redis_url, worker, self._arrive)
+        self._messages = Messages(settings.redis_url, worker, self._arrive, Ahead(transactions, folders, feed).announce)
         # The lease is first: it is what the others' writes stand on.
         self._threads: dict[str, Callable[[], None]] = {
             "lease": lambda: lease.run(controller.desire, lambda: ends.put(EXIT_LEASE_LOST)),
@@ -186,7 +189,7 @@ def main() -> int:
     _end_on_crash(ends)
     try:
         shell = Shell(settings, Path(settings.model), ends)
-    except (TokenizerMissing, StoreError) as error:
+    except (TokenizerMissing, StoreError, ConfigError, PermissionError) as error:
         log.error("worker.unusable", reason=str(error))
         return EXIT_CONFIG
     _end_on_signals(ends)

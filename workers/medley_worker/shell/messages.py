@@ -1,7 +1,8 @@
 """Messages from the dispatcher: a Celery worker, in this process, on the queue of this worker.
 
-Its one task takes ids and returns. A message is a hint: while Redis is away Celery tries again by itself, and the
-look for missed rows finds within a second what messages would have said.
+Its tasks take what they are told and return. A message is a hint: while Redis is away Celery tries again by itself,
+and the look for missed rows finds within a second what messages about jobs would have said; adapters that nobody
+announced are loaded when their jobs come.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ from kombu.exceptions import KombuError
 from medley.celery_app import make_celery, make_worker, worker_queue
 
 RUN_JOBS = "medley.run_jobs"
+EXPECT = "medley.expect"
 RESTART_S = 5.0
 
 log = structlog.get_logger()
 
 
 class Messages:
-    """on_ids: called with each message's ids, on the consumer's thread."""
+    """What each message says is handed on, on the consumer's thread.
 
-    def __init__(self, redis_url: str, worker: UUID, on_ids: Callable[[list[UUID]], None]) -> None:
+    on_ids: ids of jobs. on_expected: adapter revisions that come next, nearest first.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        worker: UUID,
+        on_ids: Callable[[list[UUID]], None],
+        on_expected: Callable[[list[UUID]], None],
+    ) -> None:
         self._worker = worker
         self._app = make_celery(redis_url, consumes=True)
         self._stopped = threading.Event()
@@ -34,6 +45,10 @@ class Messages:
         @self._app.task(name=RUN_JOBS, shared=False)  # type: ignore[untyped-decorator]
         def run_jobs(ids: list[str]) -> None:
             on_ids([UUID(hex=text) for text in ids])
+
+        @self._app.task(name=EXPECT, shared=False)  # type: ignore[untyped-decorator]
+        def expect(revisions: list[str]) -> None:
+            on_expected([UUID(hex=text) for text in revisions])
 
     def run(self) -> None:
         """Consume until `stop`, on a thread of its own. Not the main one: Celery would take its signals."""

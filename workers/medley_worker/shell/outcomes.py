@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from medley.db.ends import Result
 from medley.db.queue import Release
-from medley.spec.jobs import FinishReason, JobState
+from medley.spec.jobs import Details, FinishReason, JobState
 from medley.spec.wire import Abort, EngineStats, Finished, FromEngine, Progress, Ready, Released, Running
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
@@ -71,7 +73,7 @@ class Outcomes:
             num_prompt = len(held.item.prompt_token_ids)
             if message.error is not None:
                 results.append(_failed(message, num_prompt))
-            elif held.item.sampling.stop:
+            elif held.item.want_progress:
                 results.append(self._finish_watched(held, message))
             else:
                 plain.append((message, num_prompt))
@@ -86,6 +88,7 @@ class Outcomes:
                 logprobs=message.logprobs,
                 finish_reason=message.finish_reason,
                 prompt_tokens=num_prompt,
+                details=_or_unset(message.details),
             )
             for (message, num_prompt), text in zip(plain, texts, strict=True)
         ]
@@ -96,7 +99,8 @@ class Outcomes:
         if held is None:
             return
         watch = self._watch(held)
-        if watch.feed(message.token_ids, message.logprobs) and self._held.leave([message.key]) == [held]:
+        is_over = watch.feed(message.token_ids, message.logprobs, message.details)
+        if is_over and self._held.leave([message.key]) == [held]:
             assert watch.match is not None
             self._feed.send(Abort((message.key,)))
             self._results.put([_stopped(held, watch, watch.match.text, FinishReason.STOP)])
@@ -105,7 +109,7 @@ class Outcomes:
     def _finish_watched(self, held: Held, message: Finished) -> Result:
         watch = self._watch(held)
         ends = message.finish_reason is FinishReason.STOP
-        text = watch.finish(message.token_ids, message.logprobs, has_end_token=ends)
+        text = watch.finish(message.token_ids, message.logprobs, message.details, has_end_token=ends)
         reason = message.finish_reason if watch.match is None else FinishReason.STOP
         return _stopped(held, watch, text, reason)
 
@@ -156,4 +160,9 @@ def _stopped(held: Held, watch: StopWatch, text: str, reason: FinishReason | Non
         logprobs=watch.logprobs,
         finish_reason=reason,
         prompt_tokens=len(held.item.prompt_token_ids),
+        details=_or_unset(watch.details),
     )
+
+
+def _or_unset(details: Details | None) -> Details | msgspec.UnsetType:
+    return msgspec.UNSET if details is None else details

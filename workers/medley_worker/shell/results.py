@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from itertools import islice
 from uuid import UUID
 
+import msgspec
 import sqlalchemy.exc
 import structlog
 from sqlalchemy import Connection
@@ -26,6 +26,7 @@ from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.transactions import Transactions
 
 MAX_FLUSH = 1_024  # results of one transaction
+MAX_FLUSH_DETAILS = 1_000_000  # log-probabilities of alternatives in one transaction: some 20 MB
 FULL_FLUSH = 512  # with this many there is no point in waiting for more
 LINGER_S = 0.02  # how long the first result of a flush waits for company,
 BUSY_LINGER_S = 0.1  # and where so many are held that company is sure to come: a flush has a cost of its own
@@ -105,8 +106,8 @@ class Results:
                 self._changed.wait()
             linger_s = LINGER_S if len(self._held) < FULL_FLUSH else BUSY_LINGER_S
             self._changed.wait_for(lambda: len(self._results) >= FULL_FLUSH, linger_s)
-            results = list(islice(self._results, MAX_FLUSH))
-            del self._results[:MAX_FLUSH]
+            results = _first_part(self._results)
+            del self._results[: len(results)]
             releases, self._releases = self._releases, []
             return results, releases
 
@@ -153,3 +154,16 @@ class Results:
     def _fenced(self, event: str, jobs: set[UUID]) -> None:
         log.warning(event, worker=self._worker.hex, num_jobs=len(jobs), jobs=[job.hex for job in sorted(jobs)[:3]])
         self._on_fenced()
+
+
+def _first_part(results: Sequence[Result]) -> list[Result]:
+    """As many as one transaction takes, at least one."""
+    part: list[Result] = []
+    num_details = 0
+    for result in results[:MAX_FLUSH]:
+        if result.details is not msgspec.UNSET:
+            num_details += len(result.details.top_logprobs) + len(result.details.prompt_top_logprobs)
+            if num_details > MAX_FLUSH_DETAILS and part:
+                break
+        part.append(result)
+    return part

@@ -39,6 +39,26 @@ class TextCodec:
             return []
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(prompts))]
 
+    def encode_pair(
+        self, prompt: str | Sequence[int], continuation: str | Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of the continuation to be scored after it; each is text or ids already.
+
+        Two texts are tokenised as lm-evaluation-harness does: blanks at the prompt's end count to the continuation,
+        whose tokens are those of the whole text after as many as the prompt alone has. Beside ids a text is tokenised
+        apart, a continuation without special tokens.
+        """
+        if not isinstance(continuation, str):
+            return self._prompt_ids(prompt), list(continuation)
+        if not isinstance(prompt, str):
+            return list(prompt), self.tokenizer.encode(continuation, add_special_tokens=False).ids
+        bare = prompt.rstrip()
+        before, whole = self.encode([bare, prompt + continuation])
+        return before, whole[len(before) :]
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        return self.encode([prompt])[0] if isinstance(prompt, str) else list(prompt)
+
     def decode(self, outputs: Sequence[Sequence[int]]) -> list[str]:
         """The text of each output, without special tokens."""
         return list(self.tokenizer.decode_batch(outputs, skip_special_tokens=True)) if outputs else []

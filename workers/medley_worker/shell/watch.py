@@ -1,6 +1,7 @@
 """The look of each second: rows assigned to this worker that it does not hold, and held jobs that must not run on.
 
-This is what makes a lost message and a lost ring harmless. It owns its thread and no state.
+Now and then it also asks which of the engine's adapters are no more. This is what makes a lost message and a lost
+ring harmless. It owns its thread and no state of jobs.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
+import structlog
 from sqlalchemy import Connection
 
+from medley.db.adapters import read_gone
 from medley.db.ends import Result
 from medley.db.flags import Flag, Flagged, flagged
 from medley.db.inputs import assigned
@@ -23,6 +26,9 @@ from medley_worker.shell.results import Results
 from medley_worker.shell.transactions import Outage, Transactions, Unreachable
 
 INTERVAL_S = 1.0
+FORGET_S = 5.0  # how often the engine's adapters are held against those that there are
+
+log = structlog.get_logger()
 
 _ENDS = {Flag.CANCEL: JobState.CANCELLED, Flag.EXPIRE: JobState.EXPIRED}
 
@@ -48,6 +54,7 @@ class Watch:
         self._feed = feed
         self._results = results
         self._accepts = accepts
+        self._forget_at = 0.0  # when adapters are looked at next, of time.monotonic()
 
     def run(self) -> None:
         """Look each second for ever, on a thread of its own."""
@@ -62,6 +69,9 @@ class Watch:
 
     def look(self) -> None:
         """One look. Raises `Unreachable` for what passes."""
+        if time.monotonic() >= self._forget_at:
+            self._forget_at = time.monotonic() + FORGET_S
+            self._forget()
         rows, marks = self._transactions.run(self._read)
         self._heed(marks)
         marked = {mark.job for mark in marks}
@@ -72,6 +82,14 @@ class Watch:
         keys = [JobKey(job, attempt) for job, attempt in rows if job in missed]
         self._results.give_back([key for key in keys if self._held.end(key) is Phase.WAITING])
         self._results.give_back_waiting()
+
+    def _forget(self) -> None:
+        """What a deleted tenant has left in the engine's memory goes."""
+        given = self._feed.given()
+        if given:
+            gone = self._transactions.run(lambda conn: read_gone(conn, given))
+            if num_forgotten := self._feed.forget(gone):
+                log.info("adapters.forgotten", num_adapters=num_forgotten)
 
     def _read(self, conn: Connection) -> tuple[list[tuple[UUID, int]], list[Flagged]]:
         return assigned(conn, self._worker), flagged(conn, self._worker)

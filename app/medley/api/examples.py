@@ -1,0 +1,203 @@
+"""An example of each body and each answer, for the OpenAPI document; a test validates them against their schemas."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from medley.api.audit import Entry
+from medley.api.errors import ErrorBody, ErrorDetail
+from medley.api.grants import GrantBody
+from medley.api.job_bodies import SingleJob
+from medley.api.keys import Key, KeyBody, RotationBody
+from medley.api.operations import (
+    AdapterPage,
+    AuditPage,
+    BatchPage,
+    BatchRequest,
+    GrantList,
+    KeyPage,
+    LimitList,
+    Live,
+    QuotaUse,
+    Ready,
+    ResultPage,
+    SweepPage,
+    SweepRequest,
+    TenantEnd,
+    TenantName,
+    WorkerList,
+    WorkerShape,
+)
+from medley.api.reports import Report
+from medley.api.shapes import (
+    Adapter,
+    AdapterGrant,
+    Batch,
+    Column,
+    Counts,
+    Job,
+    JobResult,
+    Result,
+    Sweep,
+    SweepShape,
+    Usage,
+)
+from medley.spec.errors import Fault
+from medley.spec.statistics import ReportColumn
+
+_AT = datetime(2030, 5, 1, 6, 30, tzinfo=UTC)
+_HEX = "0193f5c2a1b47d3e8f6a5b4c3d2e1f00"
+_USAGE = Usage(prompt_tokens=7, completion_tokens=3)
+_COUNTS = Counts(total=2, queued_or_running=1, succeeded=1, failed=0, cancelled=0, expired=0)
+
+_job = Job(
+    id=f"job_{_HEX}",
+    batch_id=f"batch_{_HEX}",
+    state="succeeded",
+    custom_id="row-1",
+    adapter="caesar-3",
+    revision=f"rev_{_HEX}",
+    attempt=1,
+    created_at=_AT,
+    finished_at=_AT,
+    seq=1,
+    retry_of=None,
+    result=JobResult(
+        text="sodqhw",
+        token_ids=[115, 111, 100],
+        logprobs=[-0.01, -0.02, -0.01],
+        finish_reason="stop",
+        usage=_USAGE,
+    ),
+    error=None,
+)
+_status: dict[str, Any] = {
+    "state": "running",
+    "priority": "normal",
+    "deadline_at": None,
+    "created_at": _AT,
+    "finished_at": None,
+    "expected_at": _AT,
+    "is_late": False,
+    "counts": _COUNTS,
+    "usage": _USAGE,
+    "last_seq": 1,
+}
+_batch = Batch(id=f"batch_{_HEX}", object="batch", name="nightly", sweep=None, **_status)
+_sweep = Sweep(
+    id=f"sweep_{_HEX}",
+    object="sweep",
+    name="nightly",
+    sweep=SweepShape("nightly", 1, 2, 2),
+    num_prompts=1,
+    num_columns=2,
+    num_expanded=2,
+    columns=[Column("caesar-3", f"rev_{_HEX}"), Column(None, None)],
+    **_status,
+)
+_result = Result(
+    seq=1,
+    id=f"job_{_HEX}",
+    state="succeeded",
+    custom_id="row-1",
+    adapter="caesar-3",
+    prompt_idx=None,
+    seed=7,
+    text="sodqhw",
+    finish_reason="stop",
+    usage=_USAGE,
+    error=None,
+    finished_at=_AT,
+)
+_adapter = Adapter(
+    name="caesar-3",
+    full_name="acme/caesar-3",
+    revision=f"rev_{_HEX}",
+    digest="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    max_rank=8,
+    size_bytes=131_072,
+    created_at=_AT,
+    state="ready",
+    num_revisions=1,
+)
+_grant = AdapterGrant(id=f"grant_{_HEX}", adapter="caesar-3", tenant="globex", revision=None, created_at=_AT)
+_column = ReportColumn(
+    adapter="caesar-3",
+    ended=1,
+    succeeded=1,
+    unsuccessful=0,
+    scored=1,
+    correct=1,
+    accuracy=1.0,
+    low=0.21,
+    high=1.0,
+    base_scored=1,
+    base_correct=0,
+    base_accuracy=0.0,
+    completion_tokens=3,
+)
+_key = Key(
+    id="mk_0123456789abcdef",
+    name="ci",
+    scopes=["read", "submit"],
+    state="live",
+    created_at=_AT,
+    expires_at=None,
+    revoked_at=None,
+    last_used_at=None,
+    replaces=None,
+)
+_entry = Entry(
+    number=7,
+    at=_AT,
+    key_id="mk_0123456789abcdef",
+    action="key.revoke",
+    object="mk_fedcba9876543210",
+    details={},
+    request_id="req_1",
+    client_address="192.0.2.7",
+)
+_prompt = {"prompt": "planet=", "expected": "sodqhw"}
+_values: dict[Any, Any] = {
+    ErrorBody: ErrorBody(
+        ErrorDetail(
+            "invalid_request",
+            "1 fault in the request; nothing was done",
+            (Fault(field="max_tokens", got="0", wanted="1 to 32768"),),
+        )
+    ),
+    Live: Live(True),
+    Ready: Ready(True, True, True, True),
+    TenantName: TenantName("acme", 30),
+    TenantEnd: TenantEnd("acme", _AT),
+    KeyBody: {"name": "ci", "scopes": ["read", "submit"]},
+    RotationBody: {"old_lives_s": 86_400},
+    Key: _key,
+    KeyPage: KeyPage([_key], None),
+    LimitList: LimitList("acme", {"adapters": QuotaUse(10_000, 2)}, {"max_prompt_bytes": 1_048_576}),
+    AuditPage: AuditPage([_entry], None),
+    SingleJob: {"prompt": "planet=", "adapter": "caesar-3", "max_tokens": 16, "stop": ["\n"]},
+    Job: _job,
+    BatchRequest: {
+        "jobs": [{"prompt": "planet=", "custom_id": "row-1"}, {"prompt": "star=", "adapter": None}],
+        "name": "nightly",
+        "defaults": {"adapter": "caesar-3", "max_tokens": 16},
+    },
+    Batch: _batch,
+    BatchPage: BatchPage([_batch], None),
+    ResultPage: ResultPage([_result], 1, False),
+    Adapter: _adapter,
+    AdapterPage: AdapterPage([_adapter], None),
+    GrantBody: GrantBody(tenant="globex"),
+    AdapterGrant: _grant,
+    GrantList: GrantList([_grant]),
+    SweepRequest: {"name": "nightly", "prompts": [_prompt], "adapters": ["acme/*"], "include_base": True},
+    Sweep: _sweep,
+    SweepPage: SweepPage([_sweep], None),
+    Report: Report(_sweep, [_column]),
+    WorkerList: WorkerList([WorkerShape(f"worker_{_HEX}", "active", "active", 64, 2, 5, {"steps": 1000})]),
+}
+EXAMPLES: dict[Any, Any] = {kind: msgspec.to_builtins(value) for kind, value in _values.items()}

@@ -1,0 +1,81 @@
+"""How many requests a second a tenant may send: counted over ten seconds in Redis, for all API processes together.
+
+A Redis that is away or slow costs nobody a request: this process then counts for itself, and asks again in a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from typing import cast
+
+import structlog
+from limits import RateLimitItem, RateLimitItemPerSecond
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from medley.api.errors import RateLimited
+from medley.db.tenants import Tenant
+
+WINDOW_S = 10  # a burst of so many seconds' requests is let through at once
+REDIS_TIMEOUT_S = 0.1
+REDIS_PAUSE_S = 5.0  # without Redis, after it has failed once
+MAX_CONNECTIONS = 32
+
+log = structlog.get_logger()
+
+
+class RateLimiter:
+    """Counts the requests of every tenant. Lives in one event loop."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._pool = BlockingConnectionPool.from_url(
+            redis_url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=REDIS_TIMEOUT_S,
+            socket_timeout=REDIS_TIMEOUT_S,
+            socket_connect_timeout=REDIS_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        storage = RedisStorage(
+            "async+redis://", implementation="redispy", key_prefix="medley:rate", connection_pool=cast(str, self._pool)
+        )
+        self._shared = SlidingWindowCounterRateLimiter(storage)
+        self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._alone_until = 0.0
+
+    async def admit(self, tenant: Tenant) -> None:
+        """Counts one request. Raises RateLimited where the tenant has sent too many."""
+        per_s = tenant.quotas.requests_per_s
+        item = RateLimitItemPerSecond(max(1, math.floor(per_s * WINDOW_S)), WINDOW_S)
+        again_s = await self._hit(item, tenant.id.hex)
+        if again_s is not None:
+            raise RateLimited(per_s, WINDOW_S, again_s)
+
+    async def _hit(self, item: RateLimitItem, tenant: str) -> int | None:
+        """None: counted. Else the seconds after which there is room again."""
+        if time.monotonic() >= self._alone_until:
+            try:
+                async with asyncio.timeout(2 * REDIS_TIMEOUT_S):
+                    return await _count(self._shared, item, tenant)
+            except (RedisError, OSError, TimeoutError) as error:
+                self._alone_until = time.monotonic() + REDIS_PAUSE_S
+                log.warning("rates.alone", error=type(error).__name__)
+        return await _count(self._own, item, tenant)
+
+    async def close(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self._pool.aclose()
+
+
+async def _count(limiter: SlidingWindowCounterRateLimiter, item: RateLimitItem, tenant: str) -> int | None:
+    if await limiter.hit(item, tenant):
+        return None
+    window = await limiter.get_window_stats(item, tenant)
+    return min(WINDOW_S, max(1, math.ceil(window.reset_time - time.time())))
