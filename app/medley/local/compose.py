@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from medley.local.postgres_server import DISCREET
+from medley.local.postgres_server import DISCREET, SHARED_BUFFERS_MB
 from medley.local.processes import PROCESSES, Health, ProcessSpec
 
 _HEADER = """\
@@ -84,9 +84,10 @@ def render() -> str:
 def _postgres() -> Yaml:
     scripts = "./app/medley/local"
     init = "/docker-entrypoint-initdb.d"
+    settings = {"shared_buffers": f"{SHARED_BUFFERS_MB}MB", **DISCREET}
     return {
         "image": "postgres:18",
-        "command": ["postgres", *(part for item in DISCREET.items() for part in ("-c", "=".join(item)))],
+        "command": ["postgres", *(part for item in settings.items() for part in ("-c", "=".join(item)))],
         "environment": {"POSTGRES_PASSWORD_FILE": f"{_SECRETS}/{_SUPERUSER_PASSWORD}"},
         "secrets": [_SUPERUSER_PASSWORD, _PASSWORDS["medley_owner"]],
         "volumes": [

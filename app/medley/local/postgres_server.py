@@ -32,6 +32,9 @@ DISCREET = {
     "log_parameter_max_length_on_error": "0",
     "log_statement": "none",
 }
+# The jobs of a lane lie scattered over their tables; where these do not fit, each claim reads most pages anew
+# (measured over 760,000 jobs: a quarter fewer jobs/s with PostgreSQL's own 128 MB). Taken as they are used.
+SHARED_BUFFERS_MB = 1024
 _LOCAL_ROLES = ("medley_owner", "medley_api", "medley_work")
 # How long a postmaster of a killed supervisor may take to end.
 _PREVIOUS_GRACE_S = 15.0
@@ -78,6 +81,7 @@ class PostgresServer:
             "unix_socket_directories": str(self._data.sockets),
             "unix_socket_permissions": "0700",
             "max_connections": "200",
+            "shared_buffers": f"{_shared_buffers_mb()}MB",
             "wal_level": "minimal",  # no replicas of an embedded server
             "max_wal_senders": "0",
             "fsync": "on" if self._durable else "off",
@@ -194,3 +198,9 @@ class PostgresServer:
 def _server_env() -> dict[str, str]:
     """A small environment of its own: no PG* variable of the caller changes what the server does."""
     return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+
+
+def _shared_buffers_mb() -> int:
+    """`SHARED_BUFFERS_MB`, or an eighth of a small machine's memory."""
+    memory_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    return max(128, min(SHARED_BUFFERS_MB, memory_mb // 8))
