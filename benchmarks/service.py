@@ -5,7 +5,8 @@ security on. Rates are read from the rows' timestamps on the database's clock, a
 
 The floors use the same tables, roles, indexes and row sizes in the same database, from as many connections as are
 fastest: for submit the bare `INSERT ... SELECT unnest` of the jobs and their inputs; for run a bare claim of 256
-(`FOR UPDATE SKIP LOCKED`) and a bare completion of 256 (update, result rows), each committed.
+(`FOR UPDATE SKIP LOCKED`) and a bare completion of 256 (update, result rows), each committed. Each floor is measured
+before and after what stands beside it.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ SELECT id, tenant_id, batch_id, %(first)s + row_number() OVER (), 'succeeded', %
 def bare_run(url: str, first: int, seconds: float) -> float:
     """Jobs/s of one connection as `medley_work`: claim 256, complete 256; results are numbered from `first`."""
     engine, worker = make_engine(url, name="floor", pool_size=1), uuid7()
-    first += secrets.randbelow(2**59)  # a batch's numbers are unique, over all runs of the floor
+    first += secrets.randbelow(2**58)  # a batch's numbers are unique, over all runs of the floor
     answer = {
         "text": "abcdefgh" * 4,
         "token_ids": "{" + ",".join(["101"] * NEW_TOKENS) + "}",
@@ -245,18 +246,20 @@ def measure_submit(data: Path, scratch: Path, seconds: float, warm_up: float, fl
         work = make_engine(stack.database_url("medley_work"), name="bench", pool_size=2)
         tenants = make_tenants(stack, scratch / "adapters")
         submit_for(stack.url, tenants, warm_up)
+        with transaction(work) as conn:
+            ids = list(conn.execute(text("SELECT id FROM tenants ORDER BY id")).scalars())
+        before = floor(bare_insert, stack.database_url("medley_api"), ids, floor_seconds)
         since = database_now(work)
         submit_for(stack.url, tenants, seconds)
         # Whole batches only: the last one may end after its time.
         jobs_s = rate(work, "created_at", since, database_now(work))
-        with transaction(work) as conn:
-            ids = list(conn.execute(text("SELECT id FROM tenants ORDER BY id")).scalars())
-        bare, connections = floor(bare_insert, stack.database_url("medley_api"), ids, floor_seconds)
+        after = floor(bare_insert, stack.database_url("medley_api"), ids, floor_seconds)
         work.dispose()
-    return _row("submit over HTTP", jobs_s, bare, connections) | {"batch_sizes": BATCH_SIZES}
+    return _row("submit over HTTP", jobs_s, before, after) | {"batch_sizes": BATCH_SIZES}
 
 
 def measure_run(data: Path, seconds: float, warm_up: float, floor_seconds: float) -> dict[str, Any]:
+    before = measure_bare_run(data, 2**60, floor_seconds)
     environ = {"MEDLEY_FORWARD": "null", "MEDLEY_MAX_NUM_SEQS": "256"}
     with LocalStack(data, model=ASSETS / "model", workers=1, environ=environ) as stack:
         work = make_engine(stack.database_url("medley_work"), name="bench", pool_size=2)
@@ -266,17 +269,23 @@ def measure_run(data: Path, seconds: float, warm_up: float, floor_seconds: float
         until = database_now(work)
         jobs_s = rate(work, "finished_at", since, until)
         work.dispose()
+    return _row("run", jobs_s, before, measure_bare_run(data, 2**61, floor_seconds))
+
+
+def measure_bare_run(data: Path, first: int, seconds: float) -> tuple[float, int]:
     with LocalStack(data, model=ASSETS / "model", workers=0) as stack:
-        bare, connections = floor(bare_run, stack.database_url("medley_work"), [2**60, 2**61], floor_seconds)
-    return _row("run", jobs_s, bare, connections)
+        return floor(bare_run, stack.database_url("medley_work"), [first, first + 2**59], seconds)
 
 
-def _row(what: str, jobs_s: float, bare: float, connections: int) -> dict[str, Any]:
+def _row(what: str, jobs_s: float, before: tuple[float, int], after: tuple[float, int]) -> dict[str, Any]:
+    """A result beside its floor: the mean of before and after, since a shared machine's speed drifts."""
+    bare = (before[0] + after[0]) / 2
     return {
         "what": what,
         "jobs_s": round(jobs_s),
         "floor_jobs_s": round(bare),
-        "floor_connections": connections,
+        "floor_before_after_jobs_s": [round(before[0]), round(after[0])],
+        "floor_connections": [before[1], after[1]],
         "ratio": round(jobs_s / bare, 3),
     }
 

@@ -22,8 +22,13 @@ def make_engine(
     pool_timeout_s: float = 30,
     lock_timeout_ms: int = LOCK_TIMEOUT_MS,
     idle_in_transaction_ms: int = IDLE_IN_TRANSACTION_MS,
+    pings: bool = True,
 ) -> Engine:
-    """An engine of `pool_size` connections at the most; `name` shows in pg_stat_activity."""
+    """An engine of `pool_size` connections at the most; `name` shows in pg_stat_activity.
+
+    pings: ask each connection whether it still stands before a transaction begins: a round trip that whoever repeats
+    what failed can do without.
+    """
     options = (
         f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={lock_timeout_ms}"
         f" -c idle_in_transaction_session_timeout={idle_in_transaction_ms} -c timezone=UTC -c jit=off"
@@ -36,7 +41,7 @@ def make_engine(
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=pool_timeout_s,
-        pool_pre_ping=True,
+        pool_pre_ping=pings,
         hide_parameters=True,  # an error's text goes to the log, and parameters hold prompts
         connect_args={
             "application_name": f"medley-{name}",

@@ -27,7 +27,7 @@ from medley_worker.shell.results import Results
 from medley_worker.shell.text import TextCodec
 from medley_worker.shell.transactions import Outage, Transactions, Unreachable
 
-MAX_TAKE = 256  # ids of one query; with the longest prompts allowed their inputs are some tens of MB
+MAX_TAKE = 512  # ids of one query; with the longest prompts allowed their inputs are some tens of MB
 TURN_S = 1.0
 
 log = structlog.get_logger()
