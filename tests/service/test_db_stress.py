@@ -17,6 +17,7 @@ from sqlalchemy import text
 from medley.db import batches, crashes, flags, workers
 from medley.db.connections import tenant_transaction
 from medley.db.inputs import assigned
+from medley.db.lanes import Lane
 from medley.spec.ids import uuid7
 
 
@@ -150,7 +151,7 @@ def test_long_submits_of_one_tenant_at_once_do_not_deadlock(crowd: Crowd) -> Non
                 revision = draw.choice(crowd.revisions[tenant])
                 batches.append_columns(conn, batch, columns([revision] * 5))
                 lanes[revision] += 5
-            batches.add_batch_demand(conn, batch, lanes)
+            batches.add_batch_demand(conn, batch, [Lane(revision, None, num) for revision, num in lanes.items()])
             batches.close_batch(conn, batch.id, 20)
             reserve(conn, batch, 20)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Self
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any, Self
+
+from msgspec import UNSET, UnsetType
 
 from medley.client.errors import Timeout
 from medley.client.transport import Transport
-from medley.client.types import BatchStatus, Result, ResultPage
+from medley.client.types import BatchAdapter, BatchAdapters, BatchStatus, Result, ResultPage
 
 WAIT_S = 20.0  # how long one request waits at the service for more results
 PAGE = 1_000  # results a request
+END = 2**63 - 1  # after every result that there may be
 
 
 class Batch:
@@ -39,26 +44,40 @@ class Batch:
         return self.status
 
     def page(
-        self, *, after: int = 0, limit: int = PAGE, wait: float | None = None, include_tokens: bool = False
+        self,
+        *,
+        after: int = 0,
+        limit: int = PAGE,
+        wait: float | None = None,
+        include_tokens: bool = False,
+        latest: bool = False,
     ) -> ResultPage:
         """Up to `limit` results after `after`; waits up to `wait` seconds for the first of them."""
         include = "tokens" if include_tokens else None
-        params = {"after": after, "limit": limit, "wait": wait, "include": include}
+        view = "latest" if latest else None
+        params = {"after": after, "limit": limit, "wait": wait, "include": include, "view": view}
         return self._transport.get(ResultPage, f"/v1/batches/{self.id}/results", params)
 
     def results(
-        self, *, after: int = 0, follow: bool = True, include_tokens: bool = False, timeout: float | None = None
+        self,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        include_tokens: bool = False,
+        latest: bool = False,
+        timeout: float | None = None,
     ) -> Iterator[Result]:
         """Each ended job once, as they end. `after` is the `seq` of the last one already seen, to go on from there.
 
         follow: wait for jobs that have not ended; else stop at what there is. include_tokens: with token_ids and
-        logprobs. Raises Timeout where `timeout` seconds pass without the end.
+        logprobs. latest: without results that a retry has superseded by now. Raises Timeout where `timeout` seconds
+        pass without the end.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left_s = WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
             wait = round(min(WAIT_S, left_s), 3) if follow else None
-            page = self.page(after=after, wait=wait, include_tokens=include_tokens)
+            page = self.page(after=after, wait=wait, include_tokens=include_tokens, latest=latest)
             yield from page.results
             after = page.next
             # A page with large results is shorter than asked for: only an empty one says that there are no more.
@@ -79,8 +98,7 @@ class Batch:
 
     def has_finished(self, *, wait: float | None = None) -> bool:
         """Whether every job has ended; waits up to `wait` seconds for that."""
-        # Results are numbered 1 to total without a gap, so the last one comes with the end.
-        return self.page(after=self.status.counts.total - 1, limit=1, wait=wait).finished
+        return self.page(after=END, limit=1, wait=wait).finished
 
     def _timeout(self, timeout: float | None) -> Timeout:
         return Timeout(f"{self.id} has not finished after {timeout:g} s")
@@ -95,6 +113,39 @@ class Batch:
 
     def resume(self) -> BatchStatus:
         return self._act("resume")
+
+    def update(self, *, priority: str | None = None, deadline_at: datetime | UnsetType | None = UNSET) -> BatchStatus:
+        """Changes the priority and the deadline (None takes it away) of what has not ended."""
+        body: dict[str, Any] = {} if priority is None else {"priority": priority}
+        if deadline_at is not UNSET:
+            body["deadline_at"] = deadline_at
+        self.status = self._transport.patch(BatchStatus, f"/v1/batches/{self.id}", body)
+        return self.status
+
+    def retry(
+        self,
+        *,
+        states: Sequence[str] = ("failed",),
+        codes: Sequence[str] | str | None = None,
+        idempotency_key: str | None = None,
+    ) -> BatchStatus:
+        """Makes jobs that ended without a result again, each once an end; `status.counts.retried` counts them.
+
+        states: of failed, cancelled, expired. codes: of failures, or "retryable" for those that may pass by
+        themselves; None: all. Raises Conflict where they would only end again.
+        """
+        body: dict[str, Any] = {"states": list(states)}
+        if codes is not None:
+            body["codes"] = codes if isinstance(codes, str) else list(codes)
+        key = idempotency_key or uuid.uuid4().hex
+        self.status = self._transport.post(BatchStatus, f"/v1/batches/{self.id}/retry", body, key=key)
+        return self.status
+
+    def adapters(self) -> tuple[BatchAdapter, ...]:
+        """How each adapter of the batch stands: counts, usage, failures by code, rate and time left; the base last."""
+        answer = self._transport.get(BatchAdapters, f"/v1/batches/{self.id}/adapters")
+        self.status = answer.batch
+        return answer.adapters
 
     def _act(self, verb: str) -> BatchStatus:
         self.status = self._transport.post(BatchStatus, f"/v1/batches/{self.id}/{verb}")

@@ -30,6 +30,8 @@ _COLUMNS = (
     ("error_message", "string"),
     ("score", "float64"),
     ("is_greedy", "bool_"),
+    ("retry_of", "string"),
+    ("retried_by", "string"),
 )
 
 
