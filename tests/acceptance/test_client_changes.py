@@ -92,7 +92,7 @@ def test_the_commands_pause_resume_update_and_retry(api: Api, client: Client, ru
         assert run.process("retry", batch.id, "--wait").returncode == 0
     assert client.batch(batch.id).status.counts.succeeded == 3
     (adapter,) = client.batch(batch.id).adapters()
-    assert (adapter.adapter, adapter.counts.succeeded, adapter.eta_s) == (None, 3, 0.0)
+    assert (adapter.adapter, adapter.counts.succeeded, adapter.expected_at) == (None, 3, None)
     for args in (("update", "x"), ("retry", "x", "--code", "engine", "--retryable"), ("status", "--adapters")):
         assert run(*args).returncode == 2
     assert run("update", batch.id, "--deadline", "2026-01-01").returncode == 2

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from medley.cli.jobs import describe, shown_time
-from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, service_command
 
 
@@ -73,7 +72,7 @@ def retry(
         batch = client.find(target)
         batch.retry(states=states or ("failed",), codes="retryable" if retryable else codes or None)
         if wait:
-            watch(target, batch)
+            batch.wait(progress=True)
         session.show(batch.status, describe(batch.status))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
 from medley.client import JobEnded, Result
-from medley.client.files import write_jsonl, write_parquet
+from medley.client.downloads import require_suffix
 from medley.client.types import BatchAdapter, BatchStatus
 
 ADAPTER_HEADERS = ("adapter", "done", "succeeded", "failures", "tokens", "jobs/s", "expected")
@@ -40,7 +40,7 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
         if path is not None:
             batch = client.submit_file(path, **options, **sampling)
             if wait:
-                watch(batch.id, batch)
+                batch.wait(progress=True)
             session.show(batch.status, describe(batch.status) if wait else batch.id)
             return
         del options["name"]
@@ -86,20 +86,27 @@ def status(session: Session, target: str | None, by_adapter: bool) -> None:
 @click.option("--after", default=0, show_default=True, help="Go on after this result number (seq).")
 @click.option("--follow/--no-follow", "is_followed", default=True, help="Wait for what has not ended yet.")
 @click.option("--latest", is_flag=True, help="Leave out results that a retry has superseded.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write .jsonl or .parquet here.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write .jsonl or .parquet here; again, it goes on where it was cut off.",
+)
 @service_command
 def results(session: Session, batch_id: str, after: int, is_followed: bool, latest: bool, output: Path | None) -> None:
     """Print the results of a batch or a sweep as they finish, each once: seq, custom_id, adapter, state, text."""
-    if output is not None and output.suffix not in (".jsonl", ".parquet"):
-        raise click.BadParameter(f"got {output.name!r}, wanted a name in .jsonl or .parquet", param_hint="--output")
-    with session.client(retries=MANY_RETRIES) as client:
-        stream = client.results(batch_id, after=after, follow=is_followed, latest=latest)
-        if output is None:
-            session.show_lines(stream, _result_row)
-            return
-        write = write_parquet if output.suffix == ".parquet" else write_jsonl
-        count = write(output, stream)
-        session.show({"path": str(output), "results": count}, f"{count} results in {output}")
+    try:
+        if output is not None:
+            require_suffix(output)
+        with session.client(retries=MANY_RETRIES) as client:
+            batch = client.find(batch_id)
+            if output is None:
+                session.show_lines(batch.results(after=after, follow=is_followed, latest=latest), _result_row)
+                return
+            progress = sys.stderr.isatty()
+            count = batch.download(output, after=after, follow=is_followed, latest=latest, progress=progress)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--output") from error
+    session.show({"path": str(output), "results": count}, f"{count} results in {output}")
 
 
 @click.command()

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import msgspec
 
-from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
 from medley.client.types import SweepReport
 from medley.spec.paired import DiffColumn
@@ -85,7 +84,7 @@ def run(session: Session, name: str, prompts: Path | None, patterns: Sequence[st
         if not options["wait"]:
             session.show(handle.status, handle.id)
             return
-        watch(name, handle)
+        handle.wait(progress=True)
         show_report(session, handle.report())
 
 
@@ -113,7 +112,7 @@ def extend(session: Session, name: str, prompts: Path | None, patterns: Sequence
         if not options["wait"]:
             session.show(handle.status, handle.id)
             return
-        watch(name, handle)
+        handle.wait(progress=True)
         show_report(session, handle.report())
 
 
