@@ -1,11 +1,13 @@
 """Medley: batch inference for hundreds of LoRA adapters on one base model.
 
-`import medley` gives a tenant's tools: `medley.Client` and the errors it raises.
+`import medley` gives a tenant's tools: `medley.Client`, the errors it raises, and
+`medley.verify_webhook` for who receives its events.
 """
 
 from medley.client import (
     APIError,
     Authentication,
+    BadSignature,
     Client,
     Conflict,
     Connection,
@@ -17,11 +19,13 @@ from medley.client import (
     OverLimit,
     Timeout,
     TooLarge,
+    verify_webhook,
 )
 
 __all__ = [
     "APIError",
     "Authentication",
+    "BadSignature",
     "Client",
     "Conflict",
     "Connection",
@@ -33,4 +37,5 @@ __all__ = [
     "OverLimit",
     "Timeout",
     "TooLarge",
+    "verify_webhook",
 ]

@@ -131,6 +131,7 @@ class Settings:
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
     worker: WorkerSettings = WorkerSettings()
+    webhook_loopback: bool = False  # webhooks may lead to this machine, and be plain HTTP: `medley up` and tests
     health_file: Path | None = None  # touched on each turn of the process's loop
     log_format: str = "line"
     log_level: str = "info"
@@ -155,6 +156,7 @@ class Settings:
             limits=_limits(read),
             quotas=_quotas(read),
             worker=_worker(read),
+            webhook_loopback=read.flag("MEDLEY_WEBHOOK_LOOPBACK", defaults.webhook_loopback),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
             log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
             log_level=read.choice("MEDLEY_LOG_LEVEL", defaults.log_level, {"debug", "info", "warning", "error"}),

@@ -23,7 +23,7 @@ from api_server import Api, running_api
 def api(module_database: Any, embedded: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     store_url = tmp_path_factory.mktemp("store").as_uri()
     limits = Limits(max_body_bytes=2 << 20, max_prompt_bytes=1_000, max_jobs_per_request=10_000)
-    with running_api(module_database, embedded.redis_url, store_url, limits=limits) as api:
+    with running_api(module_database, embedded.redis_url, store_url, limits=limits, webhook_loopback=True) as api:
         yield api
 
 

@@ -61,7 +61,7 @@ def test_a_file_is_submitted_followed_and_read(api: Api, run: Medley, tmp_path: 
     batch_id, state, counts = done.stdout.strip().split("\t")
     assert state == "finished"
     assert counts.startswith("3/3 ended: 3 succeeded, 0 failed")
-    assert f"{batch_id}: 3/3" in done.stderr
+    assert "mine: 3/3" in done.stderr
     lines = run.lines("results", batch_id)
     assert sorted(line.split("\t")[1] for line in lines) == ["c0", "c1", "c2"]
     assert {tuple(line.split("\t")[2:]) for line in lines} == {("(base)", "succeeded", "tab\\there\\n\\x1b[31m")}

@@ -57,7 +57,9 @@ from medley.client.files import write_parquet
 write_parquet("/dev/null", [])
 from medley.cli import main
 for args in (["--help"], ["--version"], ["submit", "--help"], ["status", "--help"], ["results", "--help"],
-             ["cancel", "--help"], ["adapters", "--help"], ["adapters", "add", "--help"], ["sweep", "--help"]):
+             ["cancel", "--help"], ["adapters", "--help"], ["adapters", "add", "--help"], ["sweep", "--help"],
+             ["sweep", "diff", "--help"], ["retry", "--help"], ["update", "--help"], ["usage", "--help"],
+             ["webhooks", "add", "--help"]):
     main(args, prog_name="medley", standalone_mode=False)
 """
     shown = run_without(packages_of_extras(), script)

@@ -44,6 +44,7 @@ def submit_aged(ledger: Ledger, tenant: UUID, days: float, revisions: Sequence[U
 
 def end_aged(ledger: Ledger, batch: UUID, days: float) -> None:
     """The batch's jobs succeed, as many days ago."""
+    ledger.has_aged = True
     worker = ledger.start_worker()
     lanes = {row.lane for row in ledger.jobs().values() if row.batch_id == batch}
     for lane in lanes:

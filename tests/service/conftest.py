@@ -27,7 +27,10 @@ def api(
     embedded: EmbeddedServers,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Api]:
-    """The API within the test module's own `LIMITS`."""
+    """The API within the test module's own `LIMITS`; its webhooks may lead here where it says `WEBHOOK_LOOPBACK`."""
     store_url = tmp_path_factory.mktemp("store").as_uri()
-    with running_api(module_database, embedded.redis_url, store_url, limits=request.module.LIMITS) as api:
+    loopback = getattr(request.module, "WEBHOOK_LOOPBACK", False)
+    with running_api(
+        module_database, embedded.redis_url, store_url, limits=request.module.LIMITS, webhook_loopback=loopback
+    ) as api:
         yield api

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -58,6 +58,7 @@ class Ledger:
         self._owner = make_engine(database.url("medley_owner"), name="test", pool_size=1)
         self.weights: dict[UUID, float] = {}
         self._seen: dict[UUID, Seen] = {}
+        self.has_aged = False  # ends were moved to other days: usage cannot be counted from them
 
     def close(self) -> None:
         for engine in (self.work, self.api, self._owner):
@@ -201,7 +202,14 @@ class Ledger:
         return {row.id: row for row in rows}
 
     def check(self) -> None:
-        """Raises AssertionError where anything stored does not add up, or a job moved where it must not."""
+        """Raises AssertionError where anything stored does not add up, or a job moved where it must not.
+
+        Moves are judged step by step: call it after each, or `recount` where several have been made.
+        """
+        self._check_moves(*self.recount())
+
+    def recount(self) -> tuple[dict[UUID, Row[Any]], dict[UUID, Row[Any]]]:
+        """(jobs, results) of the pool. Raises AssertionError where anything stored does not add up."""
         with self.working() as conn:
             conn.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             jobs = self._read_jobs(conn)
@@ -217,13 +225,26 @@ class Ledger:
             batch_rows = conn.execute(text("SELECT * FROM batches WHERE pool = :pool"), in_pool).all()
             demand = conn.execute(text("SELECT * FROM demand WHERE pool = :pool"), in_pool).all()
             counters = conn.execute(text("SELECT * FROM tenant_counters WHERE pool = :pool"), in_pool).all()
+            lane_rows = conn.execute(
+                text("SELECT l.* FROM batch_lanes l JOIN batches b ON b.id = l.batch_id WHERE b.pool = :pool"), in_pool
+            ).all()
+            failures = conn.execute(
+                text("SELECT f.* FROM batch_failures f JOIN batches b ON b.id = f.batch_id WHERE b.pool = :pool"),
+                in_pool,
+            ).all()
+            used = conn.execute(
+                text("SELECT * FROM usage WHERE tenant_id = ANY(:tenants)"),
+                {"tenants": list({row.tenant_id for row in batch_rows})},
+            ).all()
             kept = conn.execute(
                 text("SELECT c.job_id FROM checkpoints c JOIN jobs j ON j.id = c.job_id WHERE j.pool = :pool"), in_pool
             ).scalars()
             assert all(jobs[job].state not in TERMINAL for job in kept), "an ended job keeps no checkpoint"
-        self._check_moves(jobs, results)
         assert {job for job, row in jobs.items() if row.state in TERMINAL} == set(results), "one result an ended job"
         _check_batches(batch_rows, jobs, results)
+        _check_lanes(batch_rows, lane_rows, failures, jobs, results)
+        if not self.has_aged:
+            _check_usage(used, jobs, results)
         waiting = Counter(
             (row.lane, row.priority, row.tenant_id, row.revision_id)
             for row in jobs.values()
@@ -235,12 +256,10 @@ class Ledger:
         for row in usage:
             counted = (row.queued_jobs, row.queued_bytes)
             assert counted == (row.num_jobs, row.num_bytes), "what quotas count equals a recount"
+        return jobs, results
 
     def _check_moves(self, jobs: dict[UUID, Row[Any]], results: dict[UUID, Row[Any]]) -> None:
-        now = {
-            job: Seen(row.state, row.attempt, row.worker_id, tuple(results[job]) if job in results else None)
-            for job, row in jobs.items()
-        }
+        now = {job: Seen(row.state, row.attempt, row.worker_id, _end_of(results.get(job))) for job, row in jobs.items()}
         assert self._seen.keys() <= now.keys(), "no job is lost"
         for job, before in self._seen.items():
             after = now[job]
@@ -312,6 +331,13 @@ def columns(revisions: Sequence[UUID | None]) -> batches.JobColumns:
     )
 
 
+def _end_of(result: Row[Any] | None) -> tuple[Any, ...] | None:
+    """A result without what may follow it: that a retry supersedes it."""
+    if result is None:
+        return None
+    return tuple(value for name, value in result._mapping.items() if name != "retried_by")
+
+
 def _check_batches(batch_rows: Sequence[Row[Any]], jobs: dict[UUID, Row[Any]], results: dict[UUID, Row[Any]]) -> None:
     jobs_of: dict[UUID, list[Row[Any]]] = defaultdict(list)
     for row in jobs.values():
@@ -320,16 +346,67 @@ def _check_batches(batch_rows: Sequence[Row[Any]], jobs: dict[UUID, Row[Any]], r
     for found in results.values():
         results_of[found.batch_id].append(found)
     for batch in batch_rows:
-        states = Counter(row.state for row in jobs_of[batch.id])
-        assert {s: getattr(batch, s) for s in TERMINAL} == {s: states[s] for s in TERMINAL}, "counts equal a recount"
         mine = results_of[batch.id]
+        superseded = {r.job_id for r in mine if r.retried_by is not None}
+        latest = [row for row in jobs_of[batch.id] if row.id not in superseded]
+        states = Counter(row.state for row in latest)
+        assert {s: getattr(batch, s) for s in TERMINAL} == {s: states[s] for s in TERMINAL}, "counts equal a recount"
+        assert batch.retried == len(superseded), "what is superseded is counted"
+        assert len({r.retried_by for r in mine} - {None}) == len(superseded), "a retry supersedes one result"
+        assert {r.retried_by for r in mine} - {None} <= {row.id for row in jobs_of[batch.id]}
         assert sorted(r.seq for r in mine) == list(range(1, len(mine) + 1)), "results are numbered without a gap"
         assert batch.last_seq == len(mine)
         assert batch.prompt_tokens == sum(r.prompt_tokens for r in mine), "usage equals a recount"
         assert batch.completion_tokens == sum(r.completion_tokens for r in mine)
         assert all(jobs[r.job_id].state == r.state for r in mine)
-        assert (batch.finished_at is not None) == (len(mine) == batch.total), "finished when all have ended"
+        assert (batch.finished_at is not None) == (sum(states[s] for s in TERMINAL) == batch.total), (
+            "finished when all have ended"
+        )
         for row in jobs_of[batch.id]:
             if row.state == "queued":
                 assert row.is_held == (batch.paused_at is not None), "queued jobs of a paused batch are held"
                 assert batch.cancel_requested_at is None, "a cancelled batch has nothing queued"
+
+
+def _check_lanes(
+    batch_rows: Sequence[Row[Any]],
+    lane_rows: Sequence[Row[Any]],
+    failures: Sequence[Row[Any]],
+    jobs: dict[UUID, Row[Any]],
+    results: dict[UUID, Row[Any]],
+) -> None:
+    """A batch's lanes add up to it, and each equals a recount; so do its failures by code."""
+    counted: dict[tuple[UUID, UUID | None], Counter[str]] = defaultdict(Counter)
+    codes: Counter[tuple[UUID, UUID | None, str]] = Counter()
+    for job, row in jobs.items():
+        lane = counted[(row.batch_id, row.revision_id)]
+        result = results.get(job)
+        if result is not None:
+            lane["prompt_tokens"] += result.prompt_tokens
+            lane["completion_tokens"] += result.completion_tokens
+        if result is None or result.retried_by is None:
+            lane["total"] += 1
+            lane[row.state] += 1
+            if row.state == "failed":
+                codes[(row.batch_id, row.revision_id, result.error_code or "unknown")] += 1  # type: ignore[union-attr]
+    total: Counter[UUID] = Counter()
+    for stored in lane_rows:
+        total[stored.batch_id] += stored.total
+        lane = counted[(stored.batch_id, stored.revision_id)]
+        for name in (*TERMINAL, "prompt_tokens", "completion_tokens"):
+            assert getattr(stored, name) == lane[name], f"a lane's {name} equals a recount"
+        assert stored.total >= lane["total"], "cells that are no jobs yet count too"
+    assert total == Counter({batch.id: batch.total for batch in batch_rows}), "lanes add up to their batch"
+    assert {(f.batch_id, f.revision_id, f.code): f.num_jobs for f in failures if f.num_jobs} == dict(codes)
+
+
+def _check_usage(used: Sequence[Row[Any]], jobs: dict[UUID, Row[Any]], results: dict[UUID, Row[Any]]) -> None:
+    counted: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for job, result in results.items():
+        if result.worker_id is not None:
+            day = jobs[job].finished_at.astimezone(UTC).date()
+            numbers = counted[(result.tenant_id, day, jobs[job].revision_id)]
+            for i, num in enumerate((1, result.prompt_tokens, result.completion_tokens)):
+                numbers[i] += num
+    stored = {(u.tenant_id, u.day, u.revision_id): [u.num_jobs, u.prompt_tokens, u.completion_tokens] for u in used}
+    assert stored == dict(counted), "usage equals a recount"

@@ -83,6 +83,7 @@ def world(api: Api) -> World:
     job = acme.post("/v1/jobs", json={"prompt": "a", "adapter": "mine"}).json()
     sweep = acme.post("/v1/sweeps", json={"name": "s", "prompts": ["a"], "include_base": True}).json()
     key = acme.post("/v1/keys", json={"name": "one"}).json()
+    webhook = acme.post("/v1/webhooks", json={"url": "https://example.com", "events": ["batch.finished"]}).json()
     made.paths = {
         "name": "mine",
         "owner": "acme",
@@ -91,6 +92,7 @@ def world(api: Api) -> World:
         "batch_id": job["batch_id"],
         "sweep_id": sweep["id"],
         "key_id": key["id"],
+        "webhook_id": webhook["id"],
     }
     revoked, expired = made.key(*Scope), made.key(*Scope)
     for ended, ending in ((revoked, "revoked_at"), (expired, "expires_at")):

@@ -198,6 +198,7 @@ def test_a_paused_batch_is_held_and_goes_on_and_a_cancelled_one_ends(api: Api) -
         "failed": 0,
         "cancelled": 3,
         "expired": 0,
+        "retried": 0,
     }
     assert cancelled["usage"] == {"prompt_tokens": 6, "completion_tokens": 4}
     for verb in ("cancel", "pause", "resume"):

@@ -99,9 +99,12 @@ def victim(api: Api) -> dict[str, str]:
     batch = client.post("/v1/batches", json={"jobs": [body], "name": SECRET}).json()
     sweep = client.post("/v1/sweeps", json={"name": SECRET, "prompts": [SECRET], "adapters": [SECRET]}).json()
     key = client.post("/v1/keys", json={"name": SECRET}).json()
+    webhook = {"url": "https://example.com", "events": ["batch.finished"], "description": SECRET}
+    webhook = client.post("/v1/webhooks", json=webhook).json()
     api.finish(batch["id"], text=SECRET)
     return {
         "key_id": key["id"],
+        "webhook_id": webhook["id"],
         "job_id": job["id"],
         "batch_id": batch["id"],
         "sweep_id": sweep["id"],

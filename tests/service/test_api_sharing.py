@@ -21,7 +21,9 @@ from medley.db.connections import tenant_transaction
 from medley.db.crashes import quarantine
 from medley.db.demand import lane_of
 from medley.db.inputs import fetch_inputs
+from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
+from medley.spec.jobs import JobState
 from medley.store import Store
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
@@ -377,3 +379,31 @@ def _end_revoked(api: Api) -> None:
     """What the dispatcher does each second."""
     with api.ledger.working() as conn:
         grants.end_revoked(conn, api.ledger.pool)
+
+
+def test_what_runs_on_anothers_adapter_is_counted_and_retried_and_extended_as_the_callers(
+    api: Api, owner: str, friend: str
+) -> None:
+    api.upload("a")
+    share(api, friend)
+    theirs = api.as_tenant(friend)
+    made = sweep(api, friend, f"{owner}/a", seeds=[1]).json()
+    extended = theirs.post(f"/v1/sweeps/{made['id']}/extend", json={"adapters": [f"{owner}/*"], "seeds": [2]}).json()
+    assert (extended["counts"]["total"], extended["num_columns"]) == (2, 1)
+    Expander(api.ledger.work, api.ringer, api.ledger.pool).expand(uuid_of(made["id"]))
+    api.finish(made["id"], 1)
+    api.finish(made["id"], 1, state=JobState.FAILED, text=None, error=JobError(code=ErrorCode.ENGINE, message="x"))
+    path = f"/v1/batches/{made['id']}"
+    assert theirs.post(f"{path}/retry").json()["counts"]["retried"] == 1
+    api.finish(made["id"], 1, state=JobState.FAILED, text=None, error=JobError(code=ErrorCode.ENGINE, message="x"))
+    [lane] = theirs.get(f"{path}/adapters").json()["adapters"]
+    assert (lane["adapter"], lane["counts"]["total"], lane["failures"]) == (f"{owner}/a", 2, {"engine": 1})
+
+    def used(name: str | None) -> list[tuple[Any, ...]]:
+        rows = api.as_tenant(name).get("/v1/usage", params={"by": "adapter"}).json()["rows"]
+        return [(row["adapter"], row["revision"], row["num_jobs"]) for row in rows]
+
+    assert (used(friend), used(None)) == ([(f"{owner}/a", None, 3)], [])
+    api.as_tenant().delete(f"/v1/adapters/a/grants/{friend}")
+    assert used(friend) == [(None, made["columns"][0]["revision"], 3)], "a name that it may see no more"
+    assert theirs.post(f"{path}/retry").json()["counts"]["retried"] == 1, "it would only fail again"

@@ -179,7 +179,9 @@ def test_chores_are_due_exactly_when_there_is_something_to_do(ledger: Ledger) ->
     "write",
     [
         "UPDATE jobs SET attempt = attempt + 1",
-        "UPDATE jobs SET priority = 2",
+        "UPDATE jobs SET attempt = 2",
+        "UPDATE job_results SET state = 'succeeded'",
+        "UPDATE usage SET num_jobs = 0",
         "UPDATE sweeps SET num_expanded = 0",
         "UPDATE adapter_revisions SET quarantined_at = NULL",
         "UPDATE tenant_counters SET service = 0",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -23,10 +23,11 @@ from hypothesis.stateful import (
 from ledger import Ledger, columns, reserve, result
 from sqlalchemy import text
 
-from medley.db import batches, crashes, flags, sweeps, workers
+from medley.db import batches, crashes, flags, retries, sweep_parts, sweeps, workers
 from medley.db.connections import tenant_transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.inputs import fetch_inputs
+from medley.db.lanes import Lane
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
@@ -81,7 +82,7 @@ class JobMachine(RuleBasedStateMachine):
         )
         with tenant_transaction(self.ledger.api, tenant) as conn:
             sweeps.create_sweep(conn, batch, sweep)
-            reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
+            reserve(conn, batch, sweep.num_cells, num_bytes=sweeps.prompt_bytes(sweep.prompts))
         self.batches.append((tenant, batch.id))
         self.sweeps.append(batch.id)
 
@@ -90,6 +91,40 @@ class JobMachine(RuleBasedStateMachine):
     def expand_a_sweep(self, data: st.DataObject) -> None:
         with self.ledger.working() as conn:
             sweeps.expand(conn, data.draw(st.sampled_from(self.sweeps)), limit=3)
+
+    @precondition(lambda self: self.sweeps)
+    @rule(data=st.data(), num_prompts=st.integers(0, 2), seed=st.integers(1, 3))
+    def extend_a_sweep(self, data: st.DataObject, num_prompts: int, seed: int) -> None:
+        sweep = data.draw(st.sampled_from(self.sweeps))
+        tenant = next(tenant for tenant, batch in self.batches if batch == sweep)
+        prompts = [sweeps.SweepPrompt("another", None, "ok", None, None)] * num_prompts
+        with tenant_transaction(self.ledger.api, tenant) as conn, suppress(sweep_parts.NotExtended):
+            row = sweep_parts.lock_sweep(conn, sweep)
+            seeds = [] if seed in row.seeds else [seed]
+            num = sweep_parts.extend_sweep(conn, row, sweep_parts.Extension(prompts, [], seeds))
+            batch = batches.NewBatch(sweep, tenant, self.ledger.pool)
+            reserve(conn, batch, num, num_bytes=sweeps.prompt_bytes(prompts))
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), states=st.lists(st.sampled_from(ENDS[1:]), min_size=1, unique=True))
+    def retry(self, data: st.DataObject, states: list[JobState]) -> None:
+        tenant, batch = data.draw(st.sampled_from(self.batches))
+        with tenant_transaction(self.ledger.api, tenant) as conn, suppress(retries.NotRetried):
+            made = retries.retry(conn, batch, retries.Wanted(states))
+            row = batches.read_batch(conn, batch)
+            assert row is not None
+            assert (made.num_jobs > 0) <= (row.finished_at is None)
+            assert retries.retry(conn, batch, retries.Wanted(states)).num_jobs == 0, "each end is retried once"
+            new = batches.NewBatch(batch, tenant, self.ledger.pool)
+            reserve(conn, new, made.num_jobs, num_bytes=made.num_bytes)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), priority=st.integers(0, 2), has_deadline=st.booleans())
+    def change(self, data: st.DataObject, priority: int, has_deadline: bool) -> None:
+        tenant, batch = data.draw(st.sampled_from(self.batches))
+        deadline_at = datetime.now(UTC) + timedelta(seconds=30) if has_deadline else None
+        with tenant_transaction(self.ledger.api, tenant) as conn:
+            flags.change_batch(conn, batch, {"priority": priority, "deadline_at": deadline_at})
 
     @rule(data=st.data(), counts=st.lists(st.integers(0, 4), min_size=4, max_size=4))
     def claim(self, data: st.DataObject, counts: list[int]) -> None:
@@ -310,7 +345,7 @@ def test_a_submit_in_parts_locks_demand_only_at_its_end(ledger: Ledger) -> None:
             batches.append_columns(conn, batch, columns([None] * 2))
         with ledger.working() as other:
             other.execute(text("SELECT FROM demand WHERE pool = :pool FOR UPDATE NOWAIT"), {"pool": ledger.pool})
-        batches.add_batch_demand(conn, batch, Counter({None: 6}))
+        batches.add_batch_demand(conn, batch, [Lane(None, None, 6)])
         batches.close_batch(conn, batch.id, 6)
         reserve(conn, batch, 6)
     assert ledger.demand() == {(tenant, batches.NORMAL): 7}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -14,10 +15,12 @@ import pytest
 from ledger import Ledger, columns, reserve, result
 from sqlalchemy import text
 
-from medley.db import batches, crashes, flags, workers
+from medley.db import batches, crashes, flags, retries, workers
 from medley.db.connections import tenant_transaction
 from medley.db.inputs import assigned
+from medley.db.lanes import Lane
 from medley.spec.ids import uuid7
+from medley.spec.jobs import JobState
 
 
 class Crowd:
@@ -76,7 +79,9 @@ class Crowd:
     def complete(self, draw: random.Random) -> None:
         worker, held = self._some(draw)
         if held:
-            self.ledger.store(worker, [result(job, attempt) for job, attempt in held])
+            states = [draw.choice([JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.FAILED]) for _ in held]
+            results = [result(job, attempt, state=s) for (job, attempt), s in zip(held, states, strict=True)]
+            self.ledger.store(worker, results)
 
     def release(self, draw: random.Random) -> None:
         worker, held = self._some(draw)
@@ -86,6 +91,20 @@ class Crowd:
         if self.batches:
             tenant, batch = draw.choice(self.batches)
             self.ledger.flag(tenant, batch, draw.choice(["cancel", "pause", "resume", "resume"]))
+
+    def retry(self, draw: random.Random) -> None:
+        if self.batches:
+            tenant, batch = draw.choice(self.batches)
+            with tenant_transaction(self.ledger.api, tenant) as conn, suppress(retries.NotRetried):
+                made = retries.retry(conn, batch, retries.Wanted([JobState.FAILED, JobState.CANCELLED]))
+                new = batches.NewBatch(batch, tenant, self.ledger.pool)
+                reserve(conn, new, made.num_jobs, num_bytes=made.num_bytes)
+
+    def change(self, draw: random.Random) -> None:
+        if self.batches:
+            tenant, batch = draw.choice(self.batches)
+            with tenant_transaction(self.ledger.api, tenant) as conn:
+                flags.change_batch(conn, batch, {"priority": draw.randrange(3)})
 
     def cancel_jobs(self, draw: random.Random) -> None:
         _, held = self._some(draw)
@@ -132,7 +151,8 @@ def crowd(database: Any) -> Iterator[Crowd]:
 
 def test_submits_claims_ends_flags_and_deaths_at_once_neither_deadlock_nor_lose_a_job(crowd: Crowd) -> None:
     writers = [crowd.submit, crowd.submit, crowd.claim, crowd.claim, crowd.complete, crowd.complete, crowd.complete]
-    crowd.run([*writers, crowd.release, crowd.flag, crowd.cancel_jobs, crowd.expire, crowd.die], seconds=4)
+    others = [crowd.release, crowd.flag, crowd.retry, crowd.change, crowd.cancel_jobs, crowd.expire, crowd.die]
+    crowd.run([*writers, *others], seconds=4)
     assert crowd.errors == []
     assert crowd.num_acts > 100
     crowd.ledger.check()
@@ -150,7 +170,7 @@ def test_long_submits_of_one_tenant_at_once_do_not_deadlock(crowd: Crowd) -> Non
                 revision = draw.choice(crowd.revisions[tenant])
                 batches.append_columns(conn, batch, columns([revision] * 5))
                 lanes[revision] += 5
-            batches.add_batch_demand(conn, batch, lanes)
+            batches.add_batch_demand(conn, batch, [Lane(revision, None, num) for revision, num in lanes.items()])
             batches.close_batch(conn, batch.id, 20)
             reserve(conn, batch, 20)
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from medley.cli import main
 from medley.config import Limits, Quotas
-from medley.db import audit, batches, erasure, flags, sweeps, tenants
+from medley.db import audit, batches, erasure, flags, sweeps, tenants, webhooks
 from medley.db.connections import tenant_transaction
 from medley.db.models import metadata
 from medley.objects import FolderObjects
@@ -96,8 +96,7 @@ def fill(ledger: Ledger, store: Store, tenant: UUID) -> UUID:
     """Something in every table; returns a batch with a running job."""
     revision = add_adapter(ledger, store, tenant, "shared", b"{}")
     add_adapter(ledger, store, tenant, "own", tenant.hex.encode())
-    for days in (0, 1, 12):
-        run_aged(ledger, tenant, days, [None, revision] * 3)
+    ended = [run_aged(ledger, tenant, days, [None, revision] * 3) for days in (0, 1, 12)]
     batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
     sweep = sweeps.NewSweep(
         name="nightly",
@@ -112,10 +111,14 @@ def fill(ledger: Ledger, store: Store, tenant: UUID) -> UUID:
         conn.execute(
             text("INSERT INTO idempotency_keys VALUES (:tenant, 'key', '', :id)"), {"tenant": tenant, "id": uuid7()}
         )
-    ledger.submit(tenant, [None] * 5)
+    ledger.submit(tenant, [None] * 6)
     worker = ledger.start_worker()
-    [first, second] = ledger.claim(worker, [(tenant, 2)])
+    [first, second, third] = ledger.claim(worker, [(tenant, 3)])
     ledger.release(worker, [(second.job, second.attempt)])
+    ledger.complete(worker, [(third.job, third.attempt)], state=JobState.FAILED)
+    hook = webhooks.NewWebhook(
+        id=uuid7(), tenant=tenant, url="https://example.com", events=["batch.finished"], secret=b"x", batch=ended[0]
+    )
     with ledger.working() as conn:
         conn.execute(
             text(
@@ -128,6 +131,7 @@ def fill(ledger: Ledger, store: Store, tenant: UUID) -> UUID:
             text("INSERT INTO batch_forecasts VALUES (:id, :tenant, clock_timestamp(), false)"),
             {"tenant": tenant, "id": batch.id},
         )
+        webhooks.add_webhook(conn, hook)
         audit.record(conn, tenant, audit.OPERATOR, "tenant.create", "somebody")
     return worker
 

@@ -192,7 +192,8 @@ def test_statements_of_the_hot_paths_read_the_days_of_their_jobs_alone(own: Ledg
             what: plan_of(reads, {"ids": ids, "first": min(ids), "last": max(ids)})
             for what, ids in {"a job": jobs[:1], "jobs": jobs}.items()
         }
-        results = plan_of(batches._READ_PLAIN, {"batch": batch, "after": 0, "oldest": oldest_after(batch), "limit": 10})
+        page = {"batch": batch, "after": 0, "oldest": oldest_after(batch), "limit": 10, "only_latest": True}
+        results = plan_of(batches._READ_PLAIN, page)
     with own.working() as conn:
         conn.execute(text("SET LOCAL enable_seqscan = off"))
         fetch = conn.exec_driver_sql(
@@ -242,8 +243,9 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
     ahead = run_aged(own, tenant, -20)
 
     def content(conn: Connection) -> list[Any]:
+        """Without the column that is later than the version it goes down to."""
         return [
-            sorted(map(str, conn.execute(text(f"SELECT * FROM {table} x ORDER BY x.job_id")).all()))
+            conn.execute(text(f"SELECT (to_jsonb(x) - 'retried_by')::text FROM {table} x ORDER BY x.job_id")).all()
             for table in partitions.TABLES
         ]
 

@@ -19,7 +19,9 @@ from medley.config import Limits, Quotas, Settings
 from medley.db import flags, sweeps
 from medley.db.quotas import set_limits
 from medley.local.embedded import EmbeddedServers
+from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import parse_id
+from medley.spec.jobs import JobState
 from medley.tasks.expand import Expander
 
 LIMITS = Limits()
@@ -280,3 +282,36 @@ def test_limits_come_from_the_configuration_and_usage_from_before_there_were_any
     with work.begin() as conn:
         assert conn.execute(text("SELECT tenant_id, queued_jobs FROM tenant_usage")).all() == [(tenant, 7)]
     work.dispose()
+
+
+def test_retries_and_extensions_take_room_in_the_queue_or_are_refused_whole(api: Api, limited: Any) -> None:
+    client = limited(queued_jobs=4)
+    batch = client.post("/v1/batches", json={"jobs": [{"prompt": "ab"}] * 3}).json()["id"]
+    api.finish(batch, state=JobState.FAILED, text=None, error=JobError(code=ErrorCode.ENGINE, message="it broke"))
+    assert used(client)["queued_jobs"] == 0
+    other = client.post("/v1/batches", json={"jobs": [{"prompt": "c"}] * 2}).json()["id"]
+    before = client.get(f"/v1/batches/{batch}").json()
+    check_refused(client.post(f"/v1/batches/{batch}/retry"), "queued_jobs", 4, 2, 3)
+    assert client.get(f"/v1/batches/{batch}").json() == before
+    client.patch(f"/v1/batches/{batch}", json={"priority": "high"})
+    assert client.get("/v1/audit").json()["entries"][0]["action"] == "batch.change"
+    client.post(f"/v1/batches/{other}/cancel")
+    assert client.post(f"/v1/batches/{batch}/retry").status_code == 200
+    assert (used(client)["queued_jobs"], used(client)["queued_bytes"]) == (3, 6)
+    entry = client.get("/v1/audit").json()["entries"][0]
+    assert (entry["action"], entry["object"], entry["details"]) == ("batch.retry", batch, {"num_jobs": 3})
+
+    sweep = client.post("/v1/sweeps", json={"name": "s", "prompts": ["x"], "include_base": True, "seeds": [1]}).json()
+    refused = client.post("/v1/sweeps/s/extend", json={"prompts": ["why"], "seeds": [2]})
+    check_refused(refused, "queued_jobs", 4, 3)
+    shown = client.get("/v1/sweeps/s").json()
+    assert (shown["counts"]["total"], shown["num_prompts"]) == (1, 1)
+    api.finish(batch)
+    assert client.post("/v1/sweeps/s/extend", json={"prompts": ["why"], "seeds": [2]}).status_code == 200
+    assert (used(client)["queued_jobs"], used(client)["queued_bytes"]) == (4, 1 + 3)
+    entry = client.get("/v1/audit").json()["entries"][0]
+    assert (entry["action"], entry["object"]) == ("sweep.extend", sweep["id"])
+    Expander(api.ledger.work, api.ringer, api.ledger.pool).expand(parse_id("sweep", sweep["id"]))
+    api.finish(sweep["id"])
+    assert used(client)["queued_bytes"] == 0
+    api.ledger.recount()

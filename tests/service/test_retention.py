@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -12,7 +13,7 @@ from aging import days_ago, end_aged, make_partitions, run_aged, submit_aged
 from ledger import Ledger
 from sqlalchemy import create_engine, text
 
-from medley.db import batches, leaders, partitions, retention, sweeps
+from medley.db import batches, leaders, partitions, retention, sweeps, usage, webhooks
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.models import metadata
 from medley.spec.ids import uuid7
@@ -171,6 +172,41 @@ def test_a_sweep_goes_with_its_batch_and_its_name_is_free_again(own: Ledger) -> 
             left = conn.execute(text(f"SELECT count(*) FROM {goes.table} WHERE {goes.column} = :id"), {"id": old})
             assert left.scalar_one() == 0
     add()
+
+
+def test_a_batchs_webhooks_go_with_it_and_events_as_they_age(own: Ledger) -> None:
+    tenant = own.add_tenant()
+    old, kept = run_aged(own, tenant, 40), run_aged(own, tenant, 1)
+    events = {"events": ["batch.finished"], "url": "https://example.com", "secret": b"x"}
+    names: dict[UUID | None, UUID] = {batch: uuid7() for batch in (old, kept, None)}
+    with own.working() as conn:
+        for batch, webhook in names.items():
+            webhooks.add_webhook(conn, webhooks.NewWebhook(id=webhook, tenant=tenant, batch=batch, **events))
+        conn.execute(
+            text(
+                "UPDATE webhook_deliveries SET created_at = created_at - interval '31 days' WHERE webhook_id = :webhook"
+            ),
+            {"webhook": names[old]},
+        )
+    with tenant_transaction(own.api, tenant) as conn:
+        seen = conn.execute(text("SELECT webhook_id FROM webhook_deliveries")).scalars()
+        assert list(seen) == [names[kept]], "what is to go is seen no more"
+    keep_retention(own.work)
+    with own.working() as conn:
+        mine = {"tenant": tenant}
+        left = conn.execute(text("SELECT id FROM webhooks WHERE tenant_id = :tenant"), mine).scalars()
+        assert set(left) == {names[kept], names[None]}
+        left = conn.execute(text("SELECT webhook_id FROM webhook_deliveries WHERE tenant_id = :tenant"), mine).scalars()
+        assert list(left) == [names[kept]]
+
+
+def test_usage_outlives_what_it_was_of(own: Ledger) -> None:
+    tenant = own.add_tenant()
+    run_aged(own, tenant, 40, [None] * 3)
+    keep_retention(own.work)
+    today = datetime.now(UTC).date()
+    with tenant_transaction(own.api, tenant) as conn:
+        assert [row.num_jobs for row in usage.read_usage(conn, today, today, usage.By.DAY)] == [3]
 
 
 def test_every_tenants_table_has_its_place(own: Ledger) -> None:

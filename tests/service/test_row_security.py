@@ -26,6 +26,7 @@ from medley.spec.ids import parse_id
 from medley.tasks.expand import Expander
 
 LIMITS = Limits()
+WEBHOOK = {"url": "https://example.com", "events": ["batch.finished"]}
 
 # What a column that must not be null holds in a made-up row.
 _MADE_UP = {"uuid": "gen_random_uuid()", "text": "'x'", "bytea": "'x'", "jsonb": "'{}'", "boolean": "false"}
@@ -117,6 +118,7 @@ def tables(api: Api) -> Tables:
     api.finish(ended["id"])
     acme.post("/v1/sweeps", json={"name": "s", "prompts": ["a"], "adapters": ["*"]})
     _expand_all(api)
+    assert acme.post("/v1/webhooks", json=WEBHOOK).status_code == 201
     tenant = api.tenant_id("acme")
     job = acme.post("/v1/jobs", json={"prompt": "a", "adapter": "mine"}).json()
     lane = parse_id("rev", job["revision"])
@@ -249,6 +251,7 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
     job = next(iter(acme.get("/v1/batches").json()["batches"]))
     jobs = [row.id for row in api.ledger.jobs().values() if row.tenant_id == tables.acme]
     [key, *_] = acme.get("/v1/keys").json()["keys"]
+    [webhook] = acme.get("/v1/webhooks").json()["webhooks"]
     paths = {
         "name": "mine",
         "owner": "acme",
@@ -257,6 +260,7 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
         "batch_id": job["id"],
         "sweep_id": "s",
         "key_id": key["id"],
+        "webhook_id": webhook["id"],
     }
     before = tables.snapshot()
 
@@ -288,6 +292,10 @@ def _body(route: Route) -> dict[str, Any]:
         "POST /v1/batches": {"json": {"jobs": [{"prompt": "a"}]}},
         "POST /v1/sweeps": {"json": {"name": "t", "prompts": ["a"], "include_base": True}},
         "POST /v1/keys": {"json": {"name": "a"}},
+        "PATCH /v1/batches/{batch_id}": {"json": {"priority": "high"}},
+        "POST /v1/sweeps/{sweep_id}/extend": {"json": {"seeds": [7]}},
+        "POST /v1/webhooks": {"json": WEBHOOK},
+        "PATCH /v1/webhooks/{webhook_id}": {"json": {"enabled": False}},
         "POST /v1/adapters/{name}/grants": {"json": {"tenant": "globex"}},
         "PUT /v1/adapters/{name}": {"files": adapter_files()},
     }

@@ -14,14 +14,16 @@ from uuid import UUID
 
 import pytest
 from ledger import Ledger, reserve
+from receiver import Receiver, receiving
 from sqlalchemy import text
 from waiting import wait_until
 
-from medley.db import batches, crashes, sweeps
+from medley.db import batches, chores, crashes, sweeps, webhooks
 from medley.db.connections import tenant_transaction
 from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.spec.ids import uuid7
 from medley.store import Store
+from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
 
@@ -50,8 +52,23 @@ def add_sweep(ledger: Ledger, num_prompts: int, *, num_seeds: int = 1) -> tuple[
     )
     with tenant_transaction(ledger.api, tenant) as conn:
         sweeps.create_sweep(conn, batch, sweep)
-        reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
+        reserve(conn, batch, sweep.num_cells, num_bytes=sweeps.prompt_bytes(sweep.prompts))
     return tenant, batch.id
+
+
+def tell(ledger: Ledger, receiver: Receiver) -> UUID:
+    """A batch of a new tenant ends, of which `receiver` is to be told. Returns the delivery."""
+    tenant = ledger.add_tenant()
+    new = webhooks.NewWebhook(
+        id=uuid7(), tenant=tenant, url=receiver.url, events=["batch.finished"], secret=b"a secret"
+    )
+    with tenant_transaction(ledger.api, tenant) as conn:
+        webhooks.add_webhook(conn, new)
+    ledger.flag(tenant, ledger.submit(tenant, [None]), "cancel")
+    with ledger.working() as conn:
+        statement = text("SELECT id FROM webhook_deliveries WHERE webhook_id = :id")
+        delivery: UUID = conn.execute(statement, {"id": new.id}).scalar_one()
+    return delivery
 
 
 def cells(ledger: Ledger, sweep: UUID) -> list[tuple[int, int, int]]:
@@ -102,7 +119,7 @@ def test_every_cell_becomes_one_job_however_large_a_chunk_is(ledger: Ledger, chu
     batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
     with tenant_transaction(ledger.api, tenant) as conn:
         sweeps.create_sweep(conn, batch, sweep)
-        reserve(conn, batch, sweep.num_cells, num_bytes=sweep.num_bytes)
+        reserve(conn, batch, sweep.num_cells, num_bytes=sweeps.prompt_bytes(sweep.prompts))
     is_whole = False
     while not is_whole:
         with ledger.working() as conn:
@@ -204,6 +221,33 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger, tmp_path
     ledger.check()
 
 
+def test_an_event_is_rung_once_a_due_time_and_one_without_a_message_is_found(ledger: Ledger) -> None:
+    with receiving() as receiver:
+        delivery = tell(ledger, receiver)
+        with ledger.working() as conn:
+            assert chores.read_due(conn, ledger.pool).deliver
+            assert delivery in webhooks.due_rings(conn)
+            assert webhooks.due_rings(conn) == []
+            assert not chores.read_due(conn, ledger.pool).deliver
+        deliverer = Deliverer(ledger.work, allow_loopback=True)
+        deliverer.look()
+        wait_until(lambda: len(receiver.received) == 1)
+        deliverer.close()
+
+
+def test_an_event_never_goes_to_this_machine_where_the_operator_does_not_allow_it(ledger: Ledger) -> None:
+    with receiving() as receiver:
+        delivery = tell(ledger, receiver)
+        deliverer = Deliverer(ledger.work)
+        assert deliverer.deliver(delivery) is None
+        deliverer.close()
+        assert receiver.received == []
+    with ledger.working() as conn:
+        statement = text("SELECT state, error FROM webhook_deliveries WHERE id = :id")
+        row = conn.execute(statement, {"id": delivery}).one()
+    assert (row.state, row.error) == ("pending", "not sent: wanted a URL that begins with https://")
+
+
 @pytest.fixture
 def process(ledger: Ledger, module_database: Any, redis_url: str) -> Iterator[subprocess.Popen[bytes]]:
     environ = os.environ | {
@@ -211,6 +255,7 @@ def process(ledger: Ledger, module_database: Any, redis_url: str) -> Iterator[su
         "MEDLEY_REDIS_URL": redis_url,
         "MEDLEY_STORE_URL": "file:///nowhere",
         "MEDLEY_POOL": ledger.pool,
+        "MEDLEY_WEBHOOK_LOOPBACK": "true",
     }
     program = (
         "from medley import logs; from medley.config import Settings; from medley.tasks.worker import run;"
@@ -230,6 +275,9 @@ def test_the_process_runs_tasks_without_redis_too_and_ends_on_sigterm(
     ringer.send_task(MAINTAIN_TASK)
     wait_until(lambda: len(cells(ledger, first)) == 6)
 
+    with receiving() as receiver:
+        tell(ledger, receiver)
+        wait_until(lambda: len(receiver.received) == 1)
     embedded.stop("redis")
     try:
         _, second = add_sweep(ledger, 3)

@@ -182,14 +182,12 @@ async def _act(who: Caller, batch_id: str, flag: Callable[[Connection, UUID], bo
     batch = parse_batch(batch_id)
 
     def act(conn: Connection) -> Row[Any]:
-        row = read_batch(conn, batch)
-        if row is not None and flag is not None:
-            if flag(conn, batch):
-                who.note(conn, f"batch.{_FLAGS[flag]}", batch_id)
-            row = read_batch(conn, batch)
-        if row is None:
-            raise NotFound("batch", batch_id)
-        return row
+        row = require_batch(conn, batch, batch_id)
+        if flag is None:
+            return row
+        if flag(conn, batch):
+            who.note(conn, f"batch.{_FLAGS[flag]}", batch_id)
+        return require_batch(conn, batch, batch_id)
 
     return await who.services.sql.run(who.tenant.id, act)
 
@@ -200,6 +198,14 @@ def parse_batch(batch_id: str) -> UUID:
     if batch is None:
         raise NotFound("batch", batch_id)
     return batch
+
+
+def require_batch(conn: Connection, batch: UUID, shown_id: str) -> Row[Any]:
+    """The row of a batch of the caller's. Raises NotFound."""
+    row = read_batch(conn, batch)
+    if row is None:
+        raise NotFound("batch", shown_id)
+    return row
 
 
 def page_of(request: Request) -> tuple[UUID | None, int]:

@@ -37,6 +37,7 @@ class BatchOptions:
     name: str | None
     priority: int
     deadline_at: datetime | None
+    is_single: bool = False  # a job by itself, not a batch of one
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def create_jobs(
     Raises InvalidRequest with the faults of every job, KeyConflict and QuotaExceeded; then nothing of the transaction
     may stand.
     """
-    batch = NewBatch(uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at)
+    batch = NewBatch(
+        uuid7(), tenant.id, pool, options.name, options.priority, options.deadline_at, is_single=options.is_single
+    )
     existing = create.claim(conn, tenant.id, batch.id)
     if existing is not None:
         ids = read_job_ids(conn, existing, MAX_LISTED_IDS + 1)

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 
 from medley.api.audit import Entry
+from medley.api.batch_changes import ChangeBody, RetryBody
+from medley.api.diffs import Diff
 from medley.api.errors import ErrorBody, ErrorDetail
 from medley.api.grants import GrantBody
 from medley.api.job_bodies import SingleJob
@@ -15,8 +17,11 @@ from medley.api.keys import Key, KeyBody, RotationBody
 from medley.api.operations import (
     AdapterPage,
     AuditPage,
+    BatchAdapterList,
     BatchPage,
     BatchRequest,
+    DeliveryList,
+    ExtensionRequest,
     GrantList,
     KeyPage,
     LimitList,
@@ -28,14 +33,17 @@ from medley.api.operations import (
     SweepRequest,
     TenantEnd,
     TenantName,
+    WebhookList,
     WorkerList,
     WorkerShape,
 )
 from medley.api.reports import Report
 from medley.api.shapes import (
     Adapter,
+    AdapterCounts,
     AdapterGrant,
     Batch,
+    BatchAdapter,
     Column,
     Counts,
     Job,
@@ -45,13 +53,17 @@ from medley.api.shapes import (
     SweepShape,
     Usage,
 )
+from medley.api.usage import UsageReport, UsageRow
+from medley.api.webhook_bodies import Delivery, RotateBody, Webhook, WebhookBody, WebhookChange
 from medley.spec.errors import Fault
+from medley.spec.paired import DiffColumn
 from medley.spec.statistics import ReportColumn
+from medley.spec.webhooks import Event
 
 _AT = datetime(2030, 5, 1, 6, 30, tzinfo=UTC)
 _HEX = "0193f5c2a1b47d3e8f6a5b4c3d2e1f00"
 _USAGE = Usage(prompt_tokens=7, completion_tokens=3)
-_COUNTS = Counts(total=2, queued_or_running=1, succeeded=1, failed=0, cancelled=0, expired=0)
+_COUNTS = Counts(total=2, queued_or_running=1, succeeded=1, failed=0, cancelled=0, expired=0, retried=0)
 
 _job = Job(
     id=f"job_{_HEX}",
@@ -65,6 +77,7 @@ _job = Job(
     finished_at=_AT,
     seq=1,
     retry_of=None,
+    retried_by=None,
     result=JobResult(
         text="sodqhw",
         token_ids=[115, 111, 100],
@@ -80,6 +93,7 @@ _status: dict[str, Any] = {
     "deadline_at": None,
     "created_at": _AT,
     "finished_at": None,
+    "rate": 412.5,
     "expected_at": _AT,
     "is_late": False,
     "counts": _COUNTS,
@@ -111,6 +125,17 @@ _result = Result(
     usage=_USAGE,
     error=None,
     finished_at=_AT,
+    retry_of=None,
+    retried_by=None,
+)
+_batch_adapter = BatchAdapter(
+    adapter="caesar-3",
+    revision=f"rev_{_HEX}",
+    counts=AdapterCounts(total=2, queued_or_running=0, succeeded=1, failed=1, cancelled=0, expired=0),
+    usage=_USAGE,
+    failures={"prompt_too_long": 1},
+    rate=None,
+    expected_at=None,
 )
 _adapter = Adapter(
     name="caesar-3",
@@ -138,6 +163,51 @@ _column = ReportColumn(
     base_correct=0,
     base_accuracy=0.0,
     completion_tokens=3,
+)
+_diff_column = DiffColumn(
+    adapter="caesar-3",
+    with_adapter=None,
+    prompts=40,
+    pairs=40,
+    accuracy=0.9,
+    with_accuracy=0.7,
+    difference=0.2,
+    low=0.05,
+    high=0.35,
+    wins=10,
+    losses=2,
+    ties=28,
+    only_correct=10,
+    only_with_correct=2,
+    p=0.0386,
+    p_adjusted=0.0386,
+)
+_used = UsageRow(day=_AT.date(), num_jobs=2, prompt_tokens=7, completion_tokens=3)
+_webhook = Webhook(
+    id=f"wh_{_HEX}",
+    url="https://example.com/hook",
+    events=[Event.BATCH_FINISHED, Event.SWEEP_FINISHED],
+    description=None,
+    batch_id=None,
+    failed_jobs=None,
+    state="enabled",
+    disabled_at=None,
+    disabled_reason=None,
+    created_at=_AT,
+    num_pending=0,
+    previous_secret_until=None,
+)
+_delivery = Delivery(
+    id=f"msg_{_HEX}",
+    event="ping",
+    state="delivered",
+    attempt=1,
+    next_attempt_at=None,
+    status=204,
+    error=None,
+    created_at=_AT,
+    ended_at=_AT,
+    payload={"type": "ping", "timestamp": _AT, "data": {"id": f"wh_{_HEX}", "object": "webhook"}},
 )
 _key = Key(
     id="mk_0123456789abcdef",
@@ -189,6 +259,9 @@ _values: dict[Any, Any] = {
     Batch: _batch,
     BatchPage: BatchPage([_batch], None),
     ResultPage: ResultPage([_result], 1, False),
+    ChangeBody: {"priority": "high", "deadline_at": None},
+    RetryBody: {"states": ["failed", "expired"], "codes": "retryable"},
+    BatchAdapterList: BatchAdapterList(_batch, [_batch_adapter]),
     Adapter: _adapter,
     AdapterPage: AdapterPage([_adapter], None),
     GrantBody: GrantBody(tenant="globex"),
@@ -198,6 +271,16 @@ _values: dict[Any, Any] = {
     Sweep: _sweep,
     SweepPage: SweepPage([_sweep], None),
     Report: Report(_sweep, [_column]),
+    ExtensionRequest: {"prompts": [_prompt], "adapters": ["acme/new-*"], "seeds": [2]},
+    Diff: Diff(f"sweep_{_HEX}", f"sweep_{_HEX}", 0, 2_000, [_diff_column]),
+    UsageReport: UsageReport(_AT.date(), _AT.date(), "day", [_used], _used),
+    WebhookBody: {"url": "https://example.com/hook", "events": ["batch.failing"], "failed_jobs": 10},
+    WebhookChange: {"enabled": True},
+    RotateBody: {"overlap_s": 3600},
+    Webhook: _webhook,
+    WebhookList: WebhookList([_webhook]),
+    Delivery: _delivery,
+    DeliveryList: DeliveryList([_delivery]),
     WorkerList: WorkerList([WorkerShape(f"worker_{_HEX}", "active", "active", 64, 2, 5, {"steps": 1000})]),
 }
 EXAMPLES: dict[Any, Any] = {kind: msgspec.to_builtins(value) for kind, value in _values.items()}

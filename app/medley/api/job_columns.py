@@ -37,6 +37,7 @@ from medley.api.job_bodies import (
 )
 from medley.config import Limits
 from medley.db.batches import JobColumns
+from medley.db.lanes import Lane
 from medley.spec.errors import Fault
 from medley.spec.grammars import schema_text
 from medley.spec.sampling import SEED_LIMIT, sample_seed
@@ -77,7 +78,8 @@ class JobReader:
         self.faults = FaultList()
         self.num_jobs = 0
         self.num_bytes = 0  # of prompts
-        self.lanes: Counter[UUID | None] = Counter()  # revision -> jobs
+        self._num_by_revision: Counter[UUID | None] = Counter()
+        self._names: dict[UUID | None, str | None] = {}  # revision -> the adapter, as it was first named
         self._limits = limits
         self._resolve = resolve
         self._locate = locate
@@ -85,6 +87,11 @@ class JobReader:
         self._samplings: dict[Any, Judged] = {}
         self._custom_ids: set[str] = set()
         self._take_defaults(defaults)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """What the jobs that were read add to the batch's lanes."""
+        return [Lane(revision, self._names[revision], num) for revision, num in self._num_by_revision.items()]
 
     def _take_defaults(self, defaults: Any) -> None:
         """What is wrong with the defaults is said once, and the jobs are judged without it."""
@@ -194,14 +201,17 @@ class JobReader:
         default = self._resolved[self._adapter]
         refs = [default if body.adapter is UNSET else self._resolved[body.adapter] for body in bodies]
         revisions = [ref.revision for ref in refs]
-        self.lanes.update(revisions)
+        adapters = [self._adapter if body.adapter is UNSET else body.adapter for body in bodies]
+        self._num_by_revision.update(revisions)
+        for name, revision in dict(zip(adapters, revisions, strict=True)).items():
+            self._names.setdefault(revision, name)
         self.num_bytes += _prompt_bytes(bodies)
         has_scored = any(_is_scored(body) for body in bodies)
         return JobColumns(
             prompts=[body.prompt for body in bodies],
             token_ids=[body.prompt_token_ids for body in bodies],
             revisions=revisions,
-            adapters=[self._adapter if body.adapter is UNSET else body.adapter for body in bodies],
+            adapters=adapters,
             samplings=[json for json, _, _ in samplings],
             max_tokens=[0 if _is_scored(body) else most for body, (_, most, _) in zip(bodies, samplings, strict=True)],
             seeds=seeds,

@@ -41,7 +41,9 @@ async def create(request: Request, who: Caller = Depends(submits)) -> Response:
     if found.value.n is not UNSET and found.value.n > 1:
         found.faults.append(Fault(field="n", got=str(found.value.n), wanted=SAMPLES_ELSEWHERE))
         found.value.n = 1
-    options = BatchOptions(name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at)
+    options = BatchOptions(
+        name=None, priority=PRIORITIES[found.value.priority], deadline_at=found.value.deadline_at, is_single=True
+    )
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
     def act(conn: Connection) -> tuple[Created, Row[Any] | None]:

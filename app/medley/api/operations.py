@@ -12,13 +12,18 @@ from typing import Any
 import msgspec
 
 from medley.api.audit import Entry
+from medley.api.batch_changes import ChangeBody, RetryBody
+from medley.api.diffs import BASE, Diff
 from medley.api.grants import GrantBody
 from medley.api.job_bodies import At, Defaults, JobBody, Priority, SamplingFields, SingleJob
 from medley.api.keys import Key, KeyBody, RotationBody
 from medley.api.openapi import Operation, Parameter
 from medley.api.reports import Report
-from medley.api.shapes import NDJSON, Adapter, AdapterGrant, Batch, Job, Result, Sweep
+from medley.api.shapes import NDJSON, Adapter, AdapterGrant, Batch, BatchAdapter, Job, Result, Sweep
 from medley.api.sweep_bodies import PromptBody
+from medley.api.usage import UsageReport
+from medley.api.webhook_bodies import Delivery, RotateBody, Webhook, WebhookBody, WebhookChange
+from medley.db.usage import By
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -107,11 +112,27 @@ SweepRequest: Any = msgspec.defstruct(
 )
 
 
+class ExtensionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a sweep is to have as well; what it has already is no fault."""
+
+    prompts: list[str | PromptBody] = []
+    adapters: list[str] = []
+    include_base: bool = False
+    seeds: list[int] = []
+
+
 class BatchPage(msgspec.Struct):
     """Batches, newest first. `next`: what `before` is for the next page, null on the last."""
 
     batches: list[Batch]
     next: str | None
+
+
+class BatchAdapterList(msgspec.Struct):
+    """A batch, and what it has for each adapter; the base last."""
+
+    batch: Batch
+    adapters: list[BatchAdapter]
 
 
 class SweepPage(msgspec.Struct):
@@ -142,6 +163,18 @@ class ResultPage(msgspec.Struct):
     finished: bool
 
 
+class WebhookList(msgspec.Struct):
+    """All of the tenant's webhooks, oldest first."""
+
+    webhooks: list[Webhook]
+
+
+class DeliveryList(msgspec.Struct):
+    """The newest events of an endpoint, and what became of each."""
+
+    deliveries: list[Delivery]
+
+
 class WorkerShape(msgspec.Struct):
     id: str
     state: str
@@ -166,6 +199,7 @@ PATH_PARAMETERS: dict[str, tuple[str, Any]] = {
     "name": ("The adapter's name.", "caesar-3"),
     "tenant": ("The other tenant's name.", "globex"),
     "owner": ("The name of the tenant whose adapter it is.", "acme"),
+    "webhook_id": (f"wh_ and {_ID}.", "wh_0193f5c2a1b47d3e8f6a5b4c3d2e1f00"),
     "key_id": ("mk_ and 16 hexadecimal digits: the key's public part.", "mk_0123456789abcdef"),
 }
 
@@ -199,6 +233,24 @@ _RESULTS_QUERY = (
     Parameter(
         "include", "tokens: token ids and log-probabilities too.", {"type": "string", "enum": ["tokens"]}, "tokens"
     ),
+    Parameter(
+        "view",
+        "latest: without results that a retry has superseded.",
+        {"type": "string", "enum": ["all", "latest"], "default": "all"},
+        "latest",
+    ),
+)
+_DAY = {"type": "string", "format": "date"}
+_USAGE_QUERY = (
+    Parameter("from", "The first day (UTC); 30 days in all where none is given.", _DAY, "2031-05-01"),
+    Parameter("to", "The last day; today where none is given.", _DAY, "2031-05-31"),
+    Parameter("by", "What a row is about.", {"type": "string", "enum": [*By], "default": By.DAY}, By.ADAPTER),
+)
+_DIFF_QUERY = (
+    Parameter("with", "The other sweep, by id or name; without it, each adapter against the base.", _TEXT, "yesterday"),
+    Parameter("adapter", f"One column of the sweep; {BASE} is the base.", _TEXT, "caesar-3"),
+    Parameter("with_adapter", "The column that it is compared with.", _TEXT, BASE),
+    Parameter("seed", "Of the bootstrap.", {"type": "integer", "minimum": 0, "default": 0}, 0),
 )
 _LINES: dict[str, Any] = {"schema": {"type": "string"}, "example": '{"prompt":"planet=","adapter":"caesar-3"}\n'}
 _FILES: dict[str, Any] = {
@@ -268,6 +320,28 @@ _BATCHES = [
             ("pause", "Hold what waits and give back what runs"),
             ("resume", "Go on after a pause"),
         )
+    ),
+    Operation(
+        method="PATCH",
+        path="/v1/batches/{batch_id}",
+        summary="Change the priority and the deadline of what has not ended",
+        body=ChangeBody,
+        answers={200: Batch},
+    ),
+    Operation(
+        method="POST",
+        path="/v1/batches/{batch_id}/retry",
+        summary="Make jobs that ended without a result again, each once an end",
+        body=RetryBody,
+        answers={200: Batch},
+        refusals=(409,),
+        creates=True,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/batches/{batch_id}/adapters",
+        summary="Read how each adapter of a batch stands",
+        answers={200: BatchAdapterList},
     ),
     Operation(
         method="GET",
@@ -351,6 +425,22 @@ _SWEEPS = [
     ),
     Operation(method="GET", path="/v1/sweeps/{sweep_id}", summary="Read a sweep", answers={200: Sweep}),
     Operation(
+        method="POST",
+        path="/v1/sweeps/{sweep_id}/extend",
+        summary="Add prompts, adapters and seeds: only what is missing runs",
+        body=ExtensionRequest,
+        answers={200: Sweep},
+        refusals=(409,),
+    ),
+    Operation(
+        method="GET",
+        path="/v1/sweeps/{sweep_id}/diff",
+        summary="Compare columns of two sweeps, or of one, over the prompts that both have",
+        query=_DIFF_QUERY,
+        answers={200: Diff},
+        refusals=(409,),
+    ),
+    Operation(
         method="GET",
         path="/v1/sweeps/{sweep_id}/report",
         summary="Read a sweep's report, an adapter a column",
@@ -389,6 +479,55 @@ _KEYS = [
     ),
     Operation(method="DELETE", path="/v1/keys/{key_id}", summary="Revoke a key", answers={204: None}),
 ]
+_WEBHOOKS = [
+    Operation(
+        method="POST",
+        path="/v1/webhooks",
+        summary="Register an endpoint; its secret is shown this once",
+        body=WebhookBody,
+        answers={201: Webhook},
+        refusals=(409,),
+        creates=True,
+    ),
+    Operation(method="GET", path="/v1/webhooks", summary="List webhooks", answers={200: WebhookList}),
+    Operation(method="GET", path="/v1/webhooks/{webhook_id}", summary="Read a webhook", answers={200: Webhook}),
+    Operation(
+        method="PATCH",
+        path="/v1/webhooks/{webhook_id}",
+        summary="Change a webhook, or enable it again",
+        body=WebhookChange,
+        answers={200: Webhook},
+    ),
+    Operation(
+        method="DELETE",
+        path="/v1/webhooks/{webhook_id}",
+        summary="Delete a webhook, and the events that wait for it",
+        answers={204: None},
+    ),
+    Operation(
+        method="POST",
+        path="/v1/webhooks/{webhook_id}/rotate",
+        summary="Make a new secret; the one before signs too for a while",
+        body=RotateBody,
+        answers={200: Webhook},
+        refusals=(409,),
+        creates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/webhooks/{webhook_id}/ping",
+        summary="Send the event `ping`",
+        answers={202: Delivery},
+        refusals=(409,),
+    ),
+    Operation(
+        method="GET",
+        path="/v1/webhooks/{webhook_id}/deliveries",
+        summary="Read the newest events of a webhook, and what became of each",
+        query=(_count(1_000, 100),),
+        answers={200: DeliveryList},
+    ),
+]
 _REST = [
     Operation(
         method="DELETE",
@@ -410,6 +549,13 @@ _REST = [
         ),
         answers={200: AuditPage},
     ),
+    Operation(
+        method="GET",
+        path="/v1/usage",
+        summary="Read the jobs and tokens that workers did for the tenant",
+        query=_USAGE_QUERY,
+        answers={200: UsageReport},
+    ),
     Operation(method="GET", path="/v1/tenant", summary="Whose key this is", answers={200: TenantName}),
     Operation(method="GET", path="/v1/workers", summary="List the pool's workers", answers={200: WorkerList}),
 ]
@@ -420,5 +566,6 @@ OPERATIONS: tuple[Operation, ...] = (
     *_ADAPTERS,
     *_SWEEPS,
     *_KEYS,
+    *_WEBHOOKS,
     *_REST,
 )

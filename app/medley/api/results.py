@@ -23,6 +23,7 @@ MAX_RESULTS = 10_000
 RESULTS = 1_000
 MAX_SEQ = 2**63 - 1
 INCLUDES = {"tokens"}
+VIEWS = ("all", "latest")  # latest: without results that a retry has superseded
 
 router = APIRouter(prefix="/v1/batches")
 
@@ -33,6 +34,7 @@ class _Asked:
     after: int
     limit: int
     with_tokens: bool
+    only_latest: bool
 
 
 class _Page(msgspec.Struct):
@@ -50,8 +52,11 @@ async def read(batch_id: str, request: Request, who: Caller = Depends(reads)) ->
     include = set((query.text("include") or "").split(",")) - {""}
     if not include <= INCLUDES:
         query.refuse("include", "tokens, or nothing")
+    view = query.text("view") or "all"
+    if view not in VIEWS:
+        query.refuse("view", " or ".join(VIEWS))
     query.end()
-    asked = _Asked(parse_batch(batch_id), after, limit, "tokens" in include)
+    asked = _Asked(parse_batch(batch_id), after, limit, "tokens" in include, view == "latest")
     page = await _read(who, asked, batch_id)
     if wait_s > 0 and not page.results and not page.finished:
         with who.services.hub.watch(who.tenant.id, asked.batch, after=after) as watch:
@@ -68,12 +73,21 @@ async def _read(who: Caller, asked: _Asked, batch_id: str) -> _Page:
     def act(conn: Connection) -> tuple[Row[Any] | None, Sequence[Row[Any]]]:
         # The batch first: results that come between the two reads are then seen, and never thought to be all.
         batch = read_batch(conn, asked.batch)
-        rows = read_results(conn, asked.batch, after=asked.after, limit=asked.limit, with_details=asked.with_tokens)
+        rows = read_results(
+            conn,
+            asked.batch,
+            after=asked.after,
+            limit=asked.limit,
+            with_details=asked.with_tokens,
+            only_latest=asked.only_latest,
+        )
         return batch, rows
 
     batch, rows = await who.services.sql.run(who.tenant.id, act)
     if batch is None:
         raise NotFound("batch", batch_id)
     last = rows[-1].seq if rows else asked.after
+    if asked.only_latest and not rows:
+        last = max(last, batch.last_seq)  # what is left out at the end has been passed, too
     results = [result_of(row, with_tokens=asked.with_tokens) for row in rows]
     return _Page(results, last, batch.finished_at is not None and last >= batch.last_seq)

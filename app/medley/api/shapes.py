@@ -15,6 +15,7 @@ from fastapi import Response
 from sqlalchemy import Row
 
 from medley.db.batches import PRIORITIES
+from medley.db.rates import end_at_rate, read_rate
 from medley.spec.errors import RETRYABLE
 from medley.spec.ids import BATCH, GRANT, JOB, REVISION, SWEEP, public_id
 
@@ -77,18 +78,27 @@ class Job(msgspec.Struct, kw_only=True):
     finished_at: datetime | None
     seq: int | None
     retry_of: str | None
+    retried_by: str | None
     sample_idx: int | msgspec.UnsetType = msgspec.UNSET
     result: JobResult | None
     error: JobFailure | None
 
 
-class Counts(msgspec.Struct):
+class AdapterCounts(msgspec.Struct):
+    """Of the latest attempts."""
+
     total: int
     queued_or_running: int
     succeeded: int
     failed: int
     cancelled: int
     expired: int
+
+
+class Counts(AdapterCounts):
+    """Of the latest attempts; `retried` are the results that those supersede."""
+
+    retried: int
 
 
 class SweepShape(msgspec.Struct):
@@ -112,6 +122,7 @@ class Batch(msgspec.Struct, kw_only=True):
     counts: Counts
     usage: Usage
     last_seq: int
+    rate: float | None  # jobs a second of late
     expected_at: datetime | None  # when it will be done, as the dispatcher sees it now; null while that is not known
     is_late: bool  # that is after its deadline
     sweep: SweepShape | None
@@ -149,6 +160,20 @@ class Result(Details, kw_only=True):
     usage: Usage
     error: JobFailure | None
     finished_at: datetime | None
+    retry_of: str | None
+    retried_by: str | None
+
+
+class BatchAdapter(msgspec.Struct, kw_only=True):
+    """What a batch has for one adapter revision (None: the base)."""
+
+    adapter: str | None
+    revision: str | None
+    counts: AdapterCounts
+    usage: Usage
+    failures: dict[str, int]  # by code
+    rate: float | None  # jobs a second of late
+    expected_at: datetime | None  # when it will be done, at that rate
 
 
 class Adapter(msgspec.Struct, kw_only=True):
@@ -202,6 +227,7 @@ def job_of(row: Row[Any]) -> Job:
         finished_at=row.finished_at,
         seq=row.seq,
         retry_of=_optional_id(JOB, row.retry_of),
+        retried_by=_optional_id(JOB, row.retried_by),
         sample_idx=_or_unset(row.sample_idx),
         result=result,
         error=_failure(row),
@@ -225,6 +251,8 @@ def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
         usage=Usage(row.prompt_tokens, row.completion_tokens),
         error=_failure(row),
         finished_at=row.finished_at,
+        retry_of=_optional_id(JOB, row.retry_of),
+        retried_by=_optional_id(JOB, row.retried_by),
     )
     if with_tokens:
         result.token_ids, result.logprobs = row.token_ids or [], row.logprobs or []
@@ -285,19 +313,39 @@ def sweep_of(row: Row[Any], columns: list[Column] | msgspec.UnsetType) -> Sweep:
 
 
 def _batch_fields(row: Row[Any]) -> dict[str, Any]:
-    num_ended = row.succeeded + row.failed + row.cancelled + row.expired
+    state = _batch_state(row)
     return {
-        "state": _batch_state(row),
+        "state": state,
         "priority": PRIORITY_NAMES[row.priority],
         "deadline_at": row.deadline_at,
         "created_at": row.created_at,
         "finished_at": row.finished_at,
-        "counts": Counts(row.total, row.total - num_ended, row.succeeded, row.failed, row.cancelled, row.expired),
+        "counts": Counts(row.total, _num_left(row), row.succeeded, row.failed, row.cancelled, row.expired, row.retried),
         "usage": Usage(row.prompt_tokens, row.completion_tokens),
         "last_seq": row.last_seq,
-        "expected_at": row.expected_at,
+        "rate": None if state == "finished" else read_rate(row),
+        "expected_at": None if state == "paused" else row.expected_at,
         "is_late": bool(row.is_late),
     }
+
+
+def _num_left(row: Row[Any]) -> int:
+    num: int = row.total - row.succeeded - row.failed - row.cancelled - row.expired
+    return num
+
+
+def batch_adapter_of(row: Row[Any]) -> BatchAdapter:
+    """From a row of `lanes.read_lanes`."""
+    num_left = _num_left(row)
+    return BatchAdapter(
+        adapter=row.adapter,
+        revision=_optional_id(REVISION, row.revision_id),
+        counts=AdapterCounts(row.total, num_left, row.succeeded, row.failed, row.cancelled, row.expired),
+        usage=Usage(row.prompt_tokens, row.completion_tokens),
+        failures=row.failures or {},
+        rate=read_rate(row) if num_left else None,
+        expected_at=end_at_rate(row, num_left),
+    )
 
 
 def _batch_state(row: Row[Any]) -> str:

@@ -73,6 +73,17 @@ _SweepBody: Any = msgspec.defstruct(
     forbid_unknown_fields=True,
     module=__name__,
 )
+
+
+class ExtensionBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a sweep is to have as well; what it has already is no fault."""
+
+    prompts: list[msgspec.Raw] = []
+    adapters: list[str] = []
+    include_base: bool = False
+    seeds: list[int] = []
+
+
 _prompt_decoder = msgspec.json.Decoder(str | PromptBody)
 
 
@@ -91,6 +102,32 @@ class SweepRequest:
     definition_sha256: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtensionRequest:
+    prompts: list[PromptBody]
+    patterns: list[str]
+    include_base: bool
+    seeds: list[int]
+
+
+def read_extension(data: Data, limits: Limits) -> ExtensionRequest:
+    """The extension in a body. Raises InvalidRequest with every fault that can be seen without the database."""
+    found = decode_fields(data, ExtensionBody)
+    faults = FaultList(found.faults)
+    if found.value is None:
+        raise InvalidRequest.of(faults)
+    body = found.value
+    prompts = _read_prompts(body.prompts, limits, faults)
+    if not (body.prompts or body.adapters or body.include_base or body.seeds) and not faults:
+        wanted = "prompts, adapters, include_base or seeds"
+        faults.add(Fault(field="body", got="nothing to add", wanted=wanted))
+    if body.seeds:
+        faults.extend(_seed_list_faults(body.seeds))
+    faults.extend(_pattern_list_faults(body.adapters))
+    faults.raise_any()
+    return ExtensionRequest(prompts=prompts, patterns=body.adapters, include_base=body.include_base, seeds=body.seeds)
+
+
 def read_sweep(data: Data, limits: Limits) -> SweepRequest:
     """The sweep in a body. Raises InvalidRequest with every fault that can be seen without the database."""
     found = decode_fields(data, _SweepBody)
@@ -98,11 +135,9 @@ def read_sweep(data: Data, limits: Limits) -> SweepRequest:
     if found.value is None:
         raise InvalidRequest.of(faults)
     body = found.value
-    if len(body.prompts) > limits.max_jobs_per_request:
-        wanted = f"at most {limits.max_jobs_per_request}"
-        raise InvalidRequest.of([Fault(field="prompts", got=f"{len(body.prompts)} prompts", wanted=wanted)])
-    prompts = [_read_prompt(raw, f"prompts[{i}]", faults) for i, raw in enumerate(body.prompts)]
-    _judge_prompts(prompts, limits, faults)
+    prompts = _read_prompts(body.prompts, limits, faults)
+    if not body.prompts:
+        faults.add(Fault(field="prompts", got="no prompt", wanted="at least one"))
     faults.extend(_seed_faults(body.seeds, body))
     faults.extend(_pattern_faults(body))
     if body.name.startswith(("sweep_", "batch_")):
@@ -115,7 +150,7 @@ def read_sweep(data: Data, limits: Limits) -> SweepRequest:
     definition = [prompts, body.adapters, body.include_base, seeds, sampling]
     return SweepRequest(
         name=body.name,
-        prompts=[p for p in prompts if p is not None],
+        prompts=prompts,
         patterns=body.adapters,
         include_base=body.include_base,
         seeds=seeds,
@@ -124,6 +159,16 @@ def read_sweep(data: Data, limits: Limits) -> SweepRequest:
         deadline_at=body.deadline_at,
         definition_sha256=hashlib.sha256(msgspec.json.encode(definition, order="deterministic")).digest(),
     )
+
+
+def _read_prompts(raws: list[msgspec.Raw], limits: Limits, faults: FaultList) -> list[PromptBody]:
+    """Those that could be read; what is wrong with them or the others is added to `faults`."""
+    if len(raws) > limits.max_jobs_per_request:
+        wanted = f"at most {limits.max_jobs_per_request}"
+        raise InvalidRequest.of([Fault(field="prompts", got=f"{len(raws)} prompts", wanted=wanted)])
+    prompts = [_read_prompt(raw, f"prompts[{i}]", faults) for i, raw in enumerate(raws)]
+    _judge_prompts(prompts, limits, faults)
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def _read_prompt(raw: msgspec.Raw, at: str, faults: FaultList) -> PromptBody | None:
@@ -142,8 +187,6 @@ def _read_prompt(raw: msgspec.Raw, at: str, faults: FaultList) -> PromptBody | N
 
 
 def _judge_prompts(prompts: list[PromptBody | None], limits: Limits, faults: FaultList) -> None:
-    if not prompts:
-        faults.add(Fault(field="prompts", got="no prompt", wanted="at least one"))
     seen: set[str] = set()
     for i, prompt in enumerate(prompts):
         if prompt is None:
@@ -176,6 +219,10 @@ def _seed_faults(seeds: list[int] | None, body: Any) -> Iterable[Fault]:
         return
     if seed_of(body, None) is not None:
         yield Fault(field="seeds", got="both", wanted="one of seed and seeds")
+    yield from _seed_list_faults(seeds)
+
+
+def _seed_list_faults(seeds: list[int]) -> Iterable[Fault]:
     if not 1 <= len(seeds) <= MAX_SEEDS or len(set(seeds)) != len(seeds):
         yield Fault(field="seeds", got=shown_value(seeds), wanted=f"1 to {MAX_SEEDS} distinct seeds")
     for i, seed in enumerate(seeds):
@@ -186,9 +233,13 @@ def _seed_faults(seeds: list[int] | None, body: Any) -> Iterable[Fault]:
 def _pattern_faults(body: Any) -> Iterable[Fault]:
     if not body.adapters and not body.include_base:
         yield Fault(field="adapters", got="no pattern", wanted="at least one, or include_base")
-    if len(body.adapters) > MAX_PATTERNS:
-        yield Fault(field="adapters", got=f"{len(body.adapters)} patterns", wanted=f"at most {MAX_PATTERNS}")
-    for i, pattern in enumerate(body.adapters):
+    yield from _pattern_list_faults(body.adapters)
+
+
+def _pattern_list_faults(patterns: list[str]) -> Iterable[Fault]:
+    if len(patterns) > MAX_PATTERNS:
+        yield Fault(field="adapters", got=f"{len(patterns)} patterns", wanted=f"at most {MAX_PATTERNS}")
+    for i, pattern in enumerate(patterns):
         if not 1 <= len(pattern) <= MAX_PATTERN_CHARS:
             wanted = f"1 to {MAX_PATTERN_CHARS} characters"
             yield Fault(field=f"adapters[{i}]", got=f"{len(pattern)} characters", wanted=wanted)

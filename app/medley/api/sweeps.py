@@ -1,10 +1,10 @@
-"""/v1/sweeps: prompts x adapters declared once; made, found again by name, read."""
+"""/v1/sweeps: prompts x adapters declared once; made, found again by name, extended, read."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from enum import Enum
 from typing import Any
 from uuid import UUID
 
@@ -19,55 +19,50 @@ from medley.api.batches import page_of
 from medley.api.bodies import read_whole
 from medley.api.decoding import Query
 from medley.api.errors import Conflict, FaultList, NotFound
+from medley.api.extending import add_to_sweep, declare_again, judge_size, match_columns, resolve_prompts
 from medley.api.idempotency import REPLAYED, Create, read_create
-from medley.api.job_bodies import shown_value
 from medley.api.shapes import Column, Sweep, answer, sweep_of
-from medley.api.sweep_bodies import SweepRequest, read_sweep
-from medley.db.adapters import list_adapters
+from medley.api.sweep_bodies import SweepRequest, read_extension, read_sweep
 from medley.db.batches import PRIORITIES, NewBatch, list_sweeps, read_batch
-from medley.db.grants import list_shared
 from medley.db.quotas import check_queue_room, reserve
-from medley.db.sweeps import NewSweep, SweepColumn, SweepPrompt, create_sweep, find_sweep, read_columns
-from medley.db.tenants import Tenant
+from medley.db.sweeps import NewSweep, create_sweep, find_sweep, prompt_bytes, read_columns
 from medley.rings import EXPAND_TASK
-from medley.spec.errors import Fault
 from medley.spec.ids import REVISION, SWEEP, parse_id, public_id, uuid7
 from medley.spec.sampling import SEED_LIMIT
-
-MAX_ADAPTERS = 100_000  # of one tenant, that patterns are matched against
 
 router = APIRouter(prefix="/v1/sweeps")
 
 
 @router.post("")
 async def create(request: Request, who: Caller = Depends(submits)) -> Response:
-    """201 for a new sweep; 200 for the one of that name with the same definition, which goes on."""
+    """201 for a new sweep; 200 for the one of that name, which goes on, with whatever this definition adds to it."""
     Query(request).end()
     data, digest = await read_whole(request)
     wanted = read_create(request, digest)
     asked = await who.services.sql.call(lambda: read_sweep(data, who.services.settings.limits))
     max_cells, pool = who.services.settings.limits.max_jobs_per_request, who.services.settings.pool
 
-    def act(conn: Connection) -> tuple[Sweep, bool, bool]:
-        sweep, is_new, is_replay = _create(conn, who.tenant, pool, wanted, asked, max_cells)
-        return _read(conn, sweep), is_new, is_replay
+    def act(conn: Connection) -> tuple[Sweep, Made]:
+        sweep, made = _create(conn, who, pool, wanted, asked, max_cells)
+        return read_shown(conn, sweep), made
 
     try:
-        sweep, is_new, is_replay = await who.services.sql.run_bulk(who.tenant.id, act)
+        sweep, made = await who.services.sql.run_bulk(who.tenant.id, act)
     except IntegrityError as first:
         if not _is_name_taken(first):
             raise
         # Another request took the name between our look and our write; now it is there to be found.
         try:
-            sweep, is_new, is_replay = await who.services.sql.run_bulk(who.tenant.id, act)
+            sweep, made = await who.services.sql.run_bulk(who.tenant.id, act)
         except IntegrityError as second:
             if not _is_name_taken(second):
                 raise
             message = f"the last sweep {asked.name!r} is kept no longer and is being removed; try again in a minute"
             raise Conflict(message) from None
-    if is_new:
+    if made in (Made.NEW, Made.MORE):
         who.services.ringer.send_task(EXPAND_TASK, sweep.id.removeprefix("sweep_"))
-    return answer(sweep, 201 if is_new or is_replay else 200, REPLAYED if is_replay else None)
+    status = 201 if made in (Made.NEW, Made.REPLAY) else 200
+    return answer(sweep, status, REPLAYED if made is Made.REPLAY else None)
 
 
 def _is_name_taken(error: IntegrityError) -> bool:
@@ -75,22 +70,52 @@ def _is_name_taken(error: IntegrityError) -> bool:
     return constraint == "sweeps_tenant_id_name_key"
 
 
+@router.post("/{sweep_id}/extend")
+async def extend(sweep_id: str, request: Request, who: Caller = Depends(submits)) -> Response:
+    """Adds prompts, adapters and seeds; what is there already is no fault, and only missing cells run.
+
+    Sent twice it adds nothing the second time, so it takes no idempotency key.
+    """
+    Query(request).end()
+    data, _ = await read_whole(request)
+    await with_sweep(who, sweep_id, lambda _, sweep: sweep)  # another's sweep has no wrong body
+    limits = who.services.settings.limits
+    asked = await who.services.sql.call(lambda: read_extension(data, limits))
+
+    def act(conn: Connection, sweep: UUID) -> tuple[Sweep, int]:
+        num_new = add_to_sweep(conn, who, sweep, asked, limits.max_jobs_per_request)
+        return read_shown(conn, sweep), num_new
+
+    shown, num_new = await with_sweep(who, sweep_id, act)
+    if num_new:
+        who.services.ringer.send_task(EXPAND_TASK, shown.id.removeprefix("sweep_"))
+    return answer(shown)
+
+
+class Made(Enum):
+    """What a create has come to."""
+
+    NEW = "new"
+    SAME = "same"  # the sweep is there and goes on
+    MORE = "more"  # it is there and has more cells now
+    REPLAY = "replay"  # this request was answered before
+
+
 def _create(
-    conn: Connection, tenant: Tenant, pool: str, wanted: Create, asked: SweepRequest, max_cells: int
-) -> tuple[UUID, bool, bool]:
-    """(sweep, whether it is new, whether the request is a replay)."""
+    conn: Connection, who: Caller, pool: str, wanted: Create, asked: SweepRequest, max_cells: int
+) -> tuple[UUID, Made]:
+    tenant = who.tenant
     existing = find_sweep(conn, asked.name)
     sweep = uuid7() if existing is None else existing.id
     replayed = wanted.claim(conn, tenant.id, sweep)
     if replayed is not None:
-        return replayed, False, True
+        return replayed, Made.REPLAY
     if existing is not None:
-        if bytes(existing.definition_sha256) != asked.definition_sha256:
-            raise Conflict(f"the sweep {asked.name!r} exists with another definition; take another name")
-        return sweep, False, False
+        num_new = declare_again(conn, who, existing, asked, max_cells)
+        return sweep, Made.MORE if num_new else Made.SAME
     faults = FaultList()
-    columns = _columns(conn, tenant, asked, faults)
-    prompts = _prompts(asked, tenant, {c.adapter for c in columns}, faults)
+    columns = match_columns(conn, tenant, asked.patterns, faults, include_base=asked.include_base)
+    prompts = resolve_prompts(asked.prompts, tenant, {c.adapter for c in columns}, faults)
     faults.raise_any()
     new = NewSweep(
         name=asked.name,
@@ -100,55 +125,13 @@ def _create(
         prompts=prompts,
         columns=columns,
     )
-    if not 1 <= new.num_cells <= max_cells:
-        faults.add(Fault(field="prompts", got=f"{new.num_cells} jobs in all", wanted=f"1 to {max_cells}"))
-        faults.raise_any()
+    judge_size(new.num_cells, max_cells, low=1)
     batch = NewBatch(sweep, tenant.id, pool, asked.name, PRIORITIES[asked.priority], asked.deadline_at)
     check_queue_room(conn, tenant.id, tenant.quotas, num_jobs=new.num_cells)
     create_sweep(conn, batch, new)
-    reserve(conn, tenant.id, tenant.quotas, sweep, num_jobs=new.num_cells, num_bytes=new.num_bytes)
-    return sweep, True, False
-
-
-def _columns(conn: Connection, tenant: Tenant, asked: SweepRequest, faults: FaultList) -> list[SweepColumn]:
-    """The adapters that the patterns match, by name, at their newest revisions; then the base."""
-    own = list_adapters(conn, limit=MAX_ADAPTERS) if asked.patterns else []
-    named = [(row.name, f"{tenant.name}/{row.name}", row) for row in own]
-    # Others' adapters go by their whole name alone, so that a pattern without a tenant never takes them.
-    shared = list_shared(conn, limit=MAX_ADAPTERS) if any("/" in pattern for pattern in asked.patterns) else []
-    named += [(f"{row.owner}/{row.name}", f"{row.owner}/{row.name}", row) for row in shared]
-    chosen: dict[str, SweepColumn] = {}
-    for i, pattern in enumerate(asked.patterns):
-        matched = [
-            (label, row)
-            for label, full_name, row in named
-            if ("/" in pattern and fnmatchcase(full_name, pattern))
-            or ("/" not in label and fnmatchcase(label, pattern))
-        ]
-        if not matched:
-            wanted = "a name or pattern that matches an adapter of yours, or one that is shared with you"
-            faults.add(Fault(field=f"adapters[{i}]", got=shown_value(pattern), wanted=wanted))
-        for label, row in matched:
-            if row.quarantined_at is not None:
-                got = f"{label}, which is quarantined"
-                wanted = "adapters whose newest revision is not; upload a corrected one"
-                faults.add(Fault(field=f"adapters[{i}]", got=got, wanted=wanted))
-            chosen[label] = SweepColumn(label, row.revision_id)
-    base = [SweepColumn(None, None)] if asked.include_base else []
-    return [chosen[name] for name in sorted(chosen)] + base
-
-
-def _prompts(asked: SweepRequest, tenant: Tenant, columns: set[str | None], faults: FaultList) -> list[SweepPrompt]:
-    prompts = []
-    for i, body in enumerate(asked.prompts):
-        only = None if body.adapter is None else body.adapter.removeprefix(f"{tenant.name}/")
-        if only is not None and only not in columns:
-            wanted = "an adapter that the sweep's patterns match"
-            faults.add(Fault(field=f"prompts[{i}].adapter", got=shown_value(body.adapter), wanted=wanted))
-        prompts.append(
-            SweepPrompt(body.prompt, body.prompt_token_ids, body.expected, body.custom_id, only, *body.scored)
-        )
-    return prompts
+    num_bytes = prompt_bytes(prompts)
+    reserve(conn, tenant.id, tenant.quotas, sweep, num_jobs=new.num_cells, num_bytes=num_bytes)
+    return sweep, Made.NEW
 
 
 @router.get("")
@@ -162,10 +145,10 @@ async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
 @router.get("/{sweep_id}")
 async def read(sweep_id: str, request: Request, who: Caller = Depends(reads)) -> Response:
     Query(request).end()
-    return answer(await with_sweep(who, sweep_id, _read))
+    return answer(await with_sweep(who, sweep_id, read_shown))
 
 
-def _read(conn: Connection, sweep: UUID) -> Sweep:
+def read_shown(conn: Connection, sweep: UUID) -> Sweep:
     row = read_batch(conn, sweep)
     assert row is not None
     return sweep_of(row, _shown_columns(read_columns(conn, sweep)))
@@ -177,16 +160,17 @@ def _shown_columns(rows: Sequence[Row[Any]]) -> list[Column]:
 
 async def with_sweep(who: Caller, sweep_id: str, act: Callable[[Connection, UUID], Any]) -> Any:
     """`act` on the sweep that an id or a name means, in one transaction. Raises NotFound."""
+    return await who.services.sql.run(who.tenant.id, lambda conn: act(conn, find(conn, sweep_id)))
 
-    def find_and_act(conn: Connection) -> Any:
-        sweep = parse_id(SWEEP, sweep_id)
-        if sweep is None:
-            row = find_sweep(conn, sweep_id) if "\0" not in sweep_id else None
-            sweep = None if row is None else row.id
-        elif (batch := read_batch(conn, sweep)) is None or batch.sweep_name is None:
-            sweep = None
-        if sweep is None:
-            raise NotFound("sweep", sweep_id)
-        return act(conn, sweep)
 
-    return await who.services.sql.run(who.tenant.id, find_and_act)
+def find(conn: Connection, sweep_id: str) -> UUID:
+    """The caller's sweep that an id or a name means. Raises NotFound."""
+    sweep = parse_id(SWEEP, sweep_id)
+    if sweep is None:
+        row = find_sweep(conn, sweep_id) if "\0" not in sweep_id else None
+        sweep = None if row is None else row.id
+    elif (batch := read_batch(conn, sweep)) is None or batch.sweep_name is None:
+        sweep = None
+    if sweep is None:
+        raise NotFound("sweep", sweep_id)
+    return sweep

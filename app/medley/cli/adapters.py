@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from medley.cli.progress import bar
 from medley.cli.service import MANY_RETRIES, Session, service_command
 from medley.client import Adapter
 from medley.client.adapters import Upload
+from medley.client.progress import bar
 from medley.spec.adapters import CONFIG_NAME
 
 

@@ -20,10 +20,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from medley.cli.progress import bar, follow
 from medley.cli.service import err, out
-from medley.client import Client, Sweep
+from medley.client import Client, Result, Sweep
 from medley.client.files import write_jsonl, write_parquet
+from medley.client.progress import bar
 from medley.client.types import SweepReport
 from medley.demo import ADAPTERS_DIR, MODEL_DIR
 from medley.demo.skills import MAX_ANSWER_TOKENS, SKILLS, TENANTS, tenant_of
@@ -56,7 +56,7 @@ def _run(prompts: int, workers: int, data_dir: Path | None, output: Path, as_jso
             for tenant, client in clients.items():
                 _upload(client, tenant)
             sweeps = [_sweep(client, tenant, prompts) for tenant, client in clients.items()]
-            results = follow("jobs", *sweeps)
+            results = _follow(sweeps)
             reports = [sweep.report() for sweep in sweeps]
             engine = _engine_totals(clients[TENANTS[0]], sum(r.sweep.usage.completion_tokens for r in reports))
             for client in clients.values():
@@ -71,6 +71,23 @@ def _run(prompts: int, workers: int, data_dir: Path | None, output: Path, as_jso
         click.echo("one engine: {mixed_s:.2f} s mixed, {sequential_s:.2f} s one by one".format(**times), err=as_json)
     figures = _figures(reports, engine, times["speedup"])
     click.echo(msgspec.json.encode(figures) if as_json else "demo: " + " ".join(f"{k}={v}" for k, v in figures.items()))
+
+
+def _follow(sweeps: Sequence[Sweep]) -> list[list[Result]]:
+    """Waits for the sweeps together under one bar. Returns the results of each, in the order of their ends."""
+    found: list[list[Result]] = [[] for _ in sweeps]
+    after = [0] * len(sweeps)
+    running = list(range(len(sweeps)))
+    with bar("jobs", sum(sweep.status.counts.total for sweep in sweeps)) as show:
+        while running:
+            for i in tuple(running):
+                page = sweeps[i].page(after=after[i], wait=1.0 / len(running))
+                found[i] += page.results
+                after[i] = page.next
+                if page.finished:
+                    running.remove(i)
+                show(sum(map(len, found)))
+    return found
 
 
 def _upload(client: Client, tenant: str) -> None:

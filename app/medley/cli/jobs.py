@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
 from medley.client import JobEnded, Result
-from medley.client.files import write_jsonl, write_parquet
-from medley.client.types import BatchStatus
+from medley.client.downloads import require_suffix
+from medley.client.types import BatchAdapter, BatchStatus
+
+ADAPTER_HEADERS = ("adapter", "done", "succeeded", "failures", "tokens", "jobs/s", "expected")
 
 
 @click.command()
@@ -37,8 +40,8 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
         if path is not None:
             batch = client.submit_file(path, **options, **sampling)
             if wait:
-                watch(batch.id, batch)
-            session.show(batch.status, _describe(batch.status) if wait else batch.id)
+                batch.wait(progress=True)
+            session.show(batch.status, describe(batch.status) if wait else batch.id)
             return
         del options["name"]
         assert prompt is not None
@@ -58,11 +61,16 @@ def submit(session: Session, prompt: str | None, path: str | None, sampling: dic
 
 @click.command()
 @click.argument("target", required=False)
+@click.option("--adapters", "by_adapter", is_flag=True, help="Of a batch or a sweep, adapter by adapter.")
 @service_command
-def status(session: Session, target: str | None) -> None:
+def status(session: Session, target: str | None, by_adapter: bool) -> None:
     """Show how a job, a batch or a sweep stands; without TARGET, the newest batches."""
+    if by_adapter and (target is None or target.startswith("job_")):
+        raise click.UsageError("--adapters is of one batch or sweep: give its id or name")
     with session.client() as client:
-        if target is None:
+        if target is not None and by_adapter:
+            session.show_rows(client.find(target).adapters(), ADAPTER_HEADERS, _adapter_row)
+        elif target is None:
             headers = ("id", "name", "state", "done", "total", "failed", "created")
             session.show_rows(client.batches(), headers, _batch_row)
         elif target.startswith("job_"):
@@ -70,27 +78,35 @@ def status(session: Session, target: str | None) -> None:
             session.show(job, f"{job.id}\t{job.state}" + (f"\t{job.error.code}" if job.error else ""))
         else:
             batch = client.find(target).status
-            session.show(batch, _describe(batch))
+            session.show(batch, describe(batch))
 
 
 @click.command()
 @click.argument("batch_id")
 @click.option("--after", default=0, show_default=True, help="Go on after this result number (seq).")
 @click.option("--follow/--no-follow", "is_followed", default=True, help="Wait for what has not ended yet.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write .jsonl or .parquet here.")
+@click.option("--latest", is_flag=True, help="Leave out results that a retry has superseded.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write .jsonl or .parquet here; again, it goes on where it was cut off.",
+)
 @service_command
-def results(session: Session, batch_id: str, after: int, is_followed: bool, output: Path | None) -> None:
+def results(session: Session, batch_id: str, after: int, is_followed: bool, latest: bool, output: Path | None) -> None:
     """Print the results of a batch or a sweep as they finish, each once: seq, custom_id, adapter, state, text."""
-    if output is not None and output.suffix not in (".jsonl", ".parquet"):
-        raise click.BadParameter(f"got {output.name!r}, wanted a name in .jsonl or .parquet", param_hint="--output")
-    with session.client(retries=MANY_RETRIES) as client:
-        stream = client.results(batch_id, after=after, follow=is_followed)
-        if output is None:
-            session.show_lines(stream, _result_row)
-            return
-        write = write_parquet if output.suffix == ".parquet" else write_jsonl
-        count = write(output, stream)
-        session.show({"path": str(output), "results": count}, f"{count} results in {output}")
+    try:
+        if output is not None:
+            require_suffix(output)
+        with session.client(retries=MANY_RETRIES) as client:
+            batch = client.find(batch_id)
+            if output is None:
+                session.show_lines(batch.results(after=after, follow=is_followed, latest=latest), _result_row)
+                return
+            progress = sys.stderr.isatty()
+            count = batch.download(output, after=after, follow=is_followed, latest=latest, progress=progress)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--output") from error
+    session.show({"path": str(output), "results": count}, f"{count} results in {output}")
 
 
 @click.command()
@@ -103,20 +119,41 @@ def cancel(session: Session, target: str) -> None:
         session.show(status, f"{status.id}\t{status.state}")
 
 
-def _describe(batch: BatchStatus) -> str:
+def describe(batch: BatchStatus) -> str:
     c = batch.counts
     return (
         f"{batch.id}\t{batch.state}\t{c.ended}/{c.total} ended: {c.succeeded} succeeded, {c.failed} failed,"
         f" {c.cancelled} cancelled, {c.expired} expired;"
         f" {batch.usage.prompt_tokens} + {batch.usage.completion_tokens} tokens"
+        + (f"; {c.retried} retried" if c.retried else "")
+        + _pace(batch)
     )
+
+
+def _pace(batch: BatchStatus) -> str:
+    """How fast it goes and when it will be done, where that can be said."""
+    said = "" if batch.rate is None else f"; {batch.rate:,.1f}/s"
+    return said + ("" if batch.expected_at is None else f"; expected at {shown_time(batch.expected_at)}")
+
+
+def shown_time(at: datetime | None) -> str:
+    """A time to the second, or a dash."""
+    return "-" if at is None else at.isoformat(timespec="seconds")
+
+
+def _adapter_row(row: BatchAdapter) -> tuple[str, ...]:
+    c = row.counts
+    failures = ", ".join(f"{code}: {num}" for code, num in row.failures.items())
+    rate = "-" if row.rate is None else f"{row.rate:,.1f}"
+    tokens = f"{row.usage.prompt_tokens} + {row.usage.completion_tokens}"
+    counts = (f"{c.ended}/{c.total}", str(c.succeeded), failures or "-")
+    return row.adapter or "(base)", *counts, tokens, rate, shown_time(row.expected_at)
 
 
 def _batch_row(batch: BatchStatus) -> tuple[str, ...]:
     c = batch.counts
     name = batch.sweep.name if batch.sweep else batch.name or ""
-    created = batch.created_at.isoformat(timespec="seconds") if batch.created_at else ""
-    return batch.id, name, batch.state, str(c.ended), str(c.total), str(c.failed), created
+    return batch.id, name, batch.state, str(c.ended), str(c.total), str(c.failed), shown_time(batch.created_at)
 
 
 def _result_row(result: Result) -> tuple[str, ...]:

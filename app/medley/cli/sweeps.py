@@ -1,4 +1,4 @@
-"""`medley sweep`: prompts x adapters as one durable job, followed to its report."""
+"""`medley sweep [run]|extend|diff`: prompts x adapters as one durable job, followed to its report, compared."""
 
 from __future__ import annotations
 
@@ -9,15 +9,46 @@ from typing import Any
 import click
 import msgspec
 
-from medley.cli.progress import watch
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
 from medley.client.types import SweepReport
+from medley.spec.paired import DiffColumn
 from medley.spec.statistics import ReportColumn
 
 HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
+DIFF_HEADERS = (
+    "adapter",
+    "with",
+    "prompts",
+    "accuracy",
+    "with",
+    "difference",
+    "95 %",
+    "won",
+    "lost",
+    "tied",
+    "p",
+    "Holm",
+)
 
 
-@click.command()
+class _RunsByDefault(click.Group):
+    """What follows is the name of a sweep where it is no subcommand; `run` may be said, and must be for "diff"."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RunsByDefault)
+def sweep() -> None:
+    """Run prompts over many adapters, with a report for each.
+
+    `medley sweep NAME PROMPTS ...` is `medley sweep run NAME PROMPTS ...`.
+    """
+
+
+@sweep.command()
 @click.argument("name")
 @click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
 @click.option("--adapters", "patterns", multiple=True, help='Names and patterns, such as "acme/*"; may be repeated.')
@@ -27,8 +58,8 @@ HEADERS = ("adapter", "correct", "accuracy", "95 %", "base", "unsuccessful")
 @click.option("--report", "is_report", is_flag=True, help="Only print the report of what has ended.")
 @sampling_options
 @service_command
-def sweep(session: Session, name: str, prompts: Path | None, patterns: Sequence[str], **options: Any) -> None:
-    """Run PROMPTS over adapters as sweep NAME and print the report; the same again resumes it.
+def run(session: Session, name: str, prompts: Path | None, patterns: Sequence[str], **options: Any) -> None:
+    """Run PROMPTS over adapters as sweep NAME and print the report; the same again resumes it, and more extends it.
 
     PROMPTS is a JSONL file: a text a line, or prompt, expected, custom_id. Without it, print NAME's report.
     """
@@ -53,8 +84,75 @@ def sweep(session: Session, name: str, prompts: Path | None, patterns: Sequence[
         if not options["wait"]:
             session.show(handle.status, handle.id)
             return
-        watch(name, handle)
+        handle.wait(progress=True)
         show_report(session, handle.report())
+
+
+@sweep.command()
+@click.argument("name")
+@click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.option("--adapters", "patterns", multiple=True, help="Names and patterns to add; may be repeated.")
+@click.option("--include-base", is_flag=True, help="Add the base model.")
+@click.option("--seeds", help="Seeds to add, separated by commas.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Follow the sweep to its end.")
+@service_command
+def extend(session: Session, name: str, prompts: Path | None, patterns: Sequence[str], **options: Any) -> None:
+    """Add PROMPTS, adapters or seeds to sweep NAME: only what is missing runs."""
+    seeds = _read_seeds(options["seeds"]) or []
+    if prompts is None and not (patterns or seeds or options["include_base"]):
+        raise click.UsageError("add what? give a file of PROMPTS, --adapters, --include-base or --seeds")
+    with session.client(retries=MANY_RETRIES) as client:
+        handle = client.get_sweep(name)
+        handle.extend(
+            [] if prompts is None else _read_prompts(prompts),
+            adapters=patterns,
+            include_base=options["include_base"],
+            seeds=seeds,
+        )
+        if not options["wait"]:
+            session.show(handle.status, handle.id)
+            return
+        handle.wait(progress=True)
+        show_report(session, handle.report())
+
+
+@sweep.command()
+@click.argument("name")
+@click.argument("other", required=False)
+@click.option("--adapter", help="One column of NAME; all where none is given.")
+@click.option("--with-adapter", help='The column it is compared with ("(base)" is the base).')
+@click.option("--seed", type=click.IntRange(min=0), help="Of the bootstrap.")
+@service_command
+def diff(session: Session, name: str, other: str | None, **options: Any) -> None:
+    """Compare sweep NAME with sweep OTHER, adapter by adapter, over the prompts that both have.
+
+    Without OTHER, each adapter of NAME with its base. Shown are accuracies (a prompt counts once), their difference
+    with a paired bootstrap's 95 % interval, prompts won, lost and tied, and McNemar's exact p, also after Holm.
+    """
+    with session.client() as client:
+        found = client.get_sweep(name).diff(other, **options)
+        session.show_rows(found.columns, DIFF_HEADERS, _diff_row)
+
+
+def _diff_row(column: DiffColumn) -> tuple[str, ...]:
+    def share(value: float | None, form: str = ".1%") -> str:
+        return "-" if value is None else format(value, form)
+
+    interval = "-" if column.low is None else f"{share(column.low, '+.1%')} to {share(column.high, '+.1%')}"
+    return (
+        column.adapter or "(base)",
+        column.with_adapter or "(base)",
+        str(column.prompts),
+        share(column.accuracy),
+        share(column.with_accuracy),
+        share(column.difference, "+.1%"),
+        interval,
+        str(column.wins),
+        str(column.losses),
+        str(column.ties),
+        share(column.p, ".3g"),
+        share(column.p_adjusted, ".3g"),
+    )
 
 
 def _read_seeds(text: str | None) -> list[int] | None:

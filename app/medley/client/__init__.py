@@ -22,29 +22,40 @@ from medley.client.keys import Keys
 from medley.client.sweeps import Sweep
 from medley.client.types import (
     Adapter,
+    BatchAdapter,
     BatchStatus,
     Completion,
     Counts,
+    Delivery,
     Failure,
     JobStatus,
     Key,
     Result,
     Score,
+    SweepDiff,
     SweepReport,
+    UsageReport,
+    Webhook,
 )
+from medley.client.webhooks import Webhooks
+from medley.spec.webhooks import BadSignature
+from medley.spec.webhooks import verify as verify_webhook
 
 __all__ = [
     "APIError",
     "Adapter",
     "Adapters",
     "Authentication",
+    "BadSignature",
     "Batch",
+    "BatchAdapter",
     "BatchStatus",
     "Client",
     "Completion",
     "Conflict",
     "Connection",
     "Counts",
+    "Delivery",
     "Failure",
     "Forbidden",
     "InvalidRequest",
@@ -59,7 +70,12 @@ __all__ = [
     "Result",
     "Score",
     "Sweep",
+    "SweepDiff",
     "SweepReport",
     "Timeout",
     "TooLarge",
+    "UsageReport",
+    "Webhook",
+    "Webhooks",
+    "verify_webhook",
 ]

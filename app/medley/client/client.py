@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +15,10 @@ from medley.client.adapters import Adapters
 from medley.client.batches import Batch
 from medley.client.jobs import Job
 from medley.client.keys import Keys
-from medley.client.sweeps import Sweep
+from medley.client.sweeps import Sweep, prompt_rows
 from medley.client.transport import Transport, decode, segment
-from medley.client.types import AuditEntry, BatchStatus, JobStatus, Limits, Result, WorkerStatus
+from medley.client.types import AuditEntry, BatchStatus, JobStatus, Limits, Result, UsageReport, WorkerStatus
+from medley.client.webhooks import Webhooks
 
 JobFields = Mapping[str, Any]  # prompt or prompt_token_ids, adapter, custom_id, and sampling fields
 AUDIT_PAGE = 1_000
@@ -54,6 +55,7 @@ class Client:
         self._transport = Transport(base_url, api_key, timeout_s=timeout, retries=retries)
         self.adapters = Adapters(self._transport)
         self.keys = Keys(self._transport)
+        self.webhooks = Webhooks(self._transport)
 
     def submit(
         self,
@@ -144,25 +146,18 @@ class Client:
         deadline_at: datetime | None = None,
         **sampling: Any,
     ) -> Sweep:
-        """Declares prompts x adapters as one durable job; the service expands it. The same call again resumes it.
+        """Declares prompts x adapters as one durable job; the service expands it. The same call again resumes it,
+        and one with more prompts, adapters or seeds adds what is missing.
 
         prompts: texts, or mappings of prompt (or prompt_token_ids), continuation (or continuation_token_ids) for what
         is only to be scored, expected, custom_id, and adapter for a prompt that concerns one adapter (and the base)
         alone. adapters: names and patterns such as "acme/*". expected:
         what each prompt's answer must equal, in the order of `prompts`. include_base: the base model as a column.
-        Raises Conflict where the name belongs to a different sweep.
+        Raises Conflict where the sweep of that name has something that this call lacks, or other sampling.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts: got one text, wanted a sequence of them")
-        rows = [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
-        if expected is not None:
-            if len(expected) != len(rows):
-                raise ValueError(f"expected: got {len(expected)} answers, wanted one for each of {len(rows)} prompts")
-            for row, answer in zip(rows, expected, strict=True):
-                row["expected"] = answer
         body: dict[str, Any] = {
             "name": name,
-            "prompts": rows,
+            "prompts": prompt_rows(prompts, expected),
             "adapters": [adapters] if isinstance(adapters, str) else list(adapters),
             "include_base": include_base,
         }
@@ -199,17 +194,26 @@ class Client:
         after: int = 0,
         follow: bool = True,
         include_tokens: bool = False,
+        latest: bool = False,
         timeout: float | None = None,
     ) -> Iterator[Result]:
         """The results of a batch or sweep (itself, its id, or a sweep's name) as they finish: see `Batch.results`."""
         handle = batch if isinstance(batch, Batch) else self.find(batch)
-        return handle.results(after=after, follow=follow, include_tokens=include_tokens, timeout=timeout)
+        return handle.results(after=after, follow=follow, include_tokens=include_tokens, latest=latest, timeout=timeout)
 
     def cancel(self, target: Job | Batch | str) -> JobStatus | BatchStatus:
         """Cancels a job, a batch or a sweep: itself, its id, or a sweep's name. What has ended stays as it is."""
         if isinstance(target, str):
             target = self.job(target) if target.startswith("job_") else self.find(target)
         return target.cancel()
+
+    def usage(self, first: date | None = None, last: date | None = None, *, by: str = "day") -> UsageReport:
+        """Jobs and tokens that workers did for the tenant on the days (UTC) `first` to `last`, the last 30 by default.
+
+        by: "day", "adapter" or "revision".
+        """
+        params = {"from": first and first.isoformat(), "to": last and last.isoformat(), "by": by}
+        return self._transport.get(UsageReport, "/v1/usage", params)
 
     def workers(self) -> list[WorkerStatus]:
         """The pool's workers and what their engines have done."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import msgspec
 
+from medley.spec.paired import DiffColumn
 from medley.spec.statistics import ReportColumn
 
 
@@ -67,6 +68,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: datetime | None = None
     seq: int | None = None
     retry_of: str | None = None
+    retried_by: str | None = None
     sample_idx: int | None = None
     result: Completion | None = None
     error: Failure | None = None
@@ -105,6 +107,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     error: Failure | None = None
     finished_at: datetime | None = None
+    retry_of: str | None = None
+    retried_by: str | None = None
 
 
 class ResultPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +124,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     cancelled: int
     expired: int
+    retried: int = 0  # results that a retry has superseded; the others are of the latest attempts
 
     @property
     def ended(self) -> int:
@@ -136,7 +141,8 @@ class SweepShape(msgspec.Struct, frozen=True, kw_only=True):
 class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A batch as it stands; `sweep` where the service made it from prompts x adapters.
 
-    expected_at: when it will be done, as the service sees it now. is_late: that is after its deadline.
+    rate: jobs a second of late. expected_at: when it will be done, as the service sees it now. is_late: that is after
+    its deadline.
     """
 
     id: str
@@ -149,6 +155,7 @@ class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime | None = None
     finished_at: datetime | None = None
     last_seq: int = 0
+    rate: float | None = None
     expected_at: datetime | None = None
     is_late: bool = False
     sweep: SweepShape | None = None
@@ -157,6 +164,26 @@ class BatchStatus(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def has_finished(self) -> bool:
         return self.finished_at is not None
+
+
+class BatchAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a batch has for one adapter (None: the base); `failures` by code.
+
+    rate: jobs a second of late. expected_at: when it will be done at that rate.
+    """
+
+    adapter: str | None
+    revision: str | None
+    counts: Counts
+    usage: Usage
+    failures: dict[str, int] = {}
+    rate: float | None = None
+    expected_at: datetime | None = None
+
+
+class BatchAdapters(msgspec.Struct, frozen=True, kw_only=True):
+    batch: BatchStatus
+    adapters: tuple[BatchAdapter, ...]
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,6 +221,70 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def base(self) -> ReportColumn | None:
         return next((c for c in self.columns if c.adapter is None), None)
+
+
+class SweepDiff(msgspec.Struct, frozen=True, kw_only=True):
+    """Columns of `sweep` against those of `with_sweep`; seed and num_resamples are the bootstrap's."""
+
+    sweep: str
+    with_sweep: str
+    seed: int
+    num_resamples: int
+    columns: tuple[DiffColumn, ...]
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Jobs that workers ended and the tokens they took, of a day, an adapter or a revision (all None: the base)."""
+
+    num_jobs: int
+    prompt_tokens: int
+    completion_tokens: int
+    day: date | None = None
+    adapter: str | None = None
+    revision: str | None = None
+
+
+class UsageReport(msgspec.Struct, frozen=True, kw_only=True, rename={"first": "from", "last": "to"}):
+    """Usage of the days `first` to `last` (UTC), both included."""
+
+    first: date
+    last: date
+    by: str
+    rows: tuple[UsageRow, ...]
+    total: UsageRow
+
+
+class Webhook(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint that is told of events. `secret` is there only when it has just been made."""
+
+    id: str
+    url: str
+    events: tuple[str, ...]
+    state: str
+    created_at: datetime
+    description: str | None = None
+    batch_id: str | None = None
+    failed_jobs: int | None = None
+    disabled_at: datetime | None = None
+    disabled_reason: str | None = None
+    num_pending: int = 0
+    previous_secret_until: datetime | None = None
+    secret: str | None = None
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One event on its way to an endpoint."""
+
+    id: str
+    event: str
+    state: str
+    attempt: int
+    created_at: datetime
+    next_attempt_at: datetime | None = None
+    ended_at: datetime | None = None
+    status: int | None = None
+    error: str | None = None
+    payload: dict[str, Any] = {}
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,6 +14,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.demand import add_demand, array_literal, lane_of
+from medley.db.lanes import Lane, add_lanes
 from medley.spec.ids import oldest_after, uuid7s
 from medley.spec.sampling import SEED_LIMIT
 
@@ -54,6 +55,7 @@ class NewBatch:
     name: str | None = None
     priority: int = NORMAL
     deadline_at: datetime | None = None
+    is_single: bool = False  # a job by itself
 
 
 def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
@@ -63,8 +65,8 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
     """
     opened = conn.execute(
         text(
-            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total)"
-            " SELECT :id, t.id, :pool, :name, :priority, :deadline_at, :total FROM tenants t"
+            "INSERT INTO batches (id, tenant_id, pool, name, priority, deadline_at, total, is_single)"
+            " SELECT :id, t.id, :pool, :name, :priority, :deadline_at, :total, :is_single FROM tenants t"
             " WHERE t.id = :tenant AND t.delete_requested_at IS NULL"
         ),
         {
@@ -75,6 +77,7 @@ def open_batch(conn: Connection, batch: NewBatch, *, total: int = 0) -> None:
             "priority": batch.priority,
             "deadline_at": batch.deadline_at,
             "total": total,
+            "is_single": batch.is_single,
         },
     )
     if opened.rowcount == 0:
@@ -128,8 +131,13 @@ class JobColumns:
         return len(self.max_tokens)
 
 
-def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False) -> list[UUID]:
-    """Writes `jobs` (some thousands a call) and what they add to the demand. Returns their ids, in order."""
+def append_jobs(
+    conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is_held: bool = False, are_counted: bool = False
+) -> list[UUID]:
+    """Writes `jobs` (some thousands a call), and what they add to the batch's lanes and to the demand.
+
+    are_counted: the batch's lanes have counted them already. Returns their ids, in order.
+    """
     columns = JobColumns(
         revisions=[j.revision for j in jobs],
         adapters=[j.adapter for j in jobs],
@@ -148,8 +156,12 @@ def append_jobs(conn: Connection, batch: NewBatch, jobs: Sequence[NewJob], *, is
         sample_idx=[j.sample_idx for j in jobs],
     )
     ids = append_columns(conn, batch, columns, is_held=is_held)
+    names = {j.revision: j.adapter for j in jobs}
+    lanes = [Lane(revision, names[revision], num) for revision, num in Counter(j.revision for j in jobs).items()]
+    if not are_counted:
+        add_lanes(conn, batch.id, batch.tenant, lanes)
     if not is_held:
-        add_batch_demand(conn, batch, Counter(j.revision for j in jobs))
+        _add_demand(conn, batch, lanes)
     return ids
 
 
@@ -186,12 +198,23 @@ def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_he
     return ids
 
 
-def add_batch_demand(conn: Connection, batch: NewBatch, num_jobs: Mapping[UUID | None, int]) -> None:
-    """Adds jobs a revision (None: the base) to the demand. Rows of it stay locked until the commit, so last."""
-    shared = _shared(conn, batch.tenant, num_jobs)
+def add_batch_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
+    """Adds jobs to the batch's lanes and to the demand, whose rows stay locked until the commit: call it last."""
+    add_lanes(conn, batch.id, batch.tenant, lanes)
+    _add_demand(conn, batch, lanes)
+
+
+def _add_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
+    shared = _shared(conn, batch.tenant, (lane.revision for lane in lanes))
     changes = [
-        (lane_of(batch.tenant, rev, is_shared=rev in shared), batch.priority, batch.tenant, rev, n)
-        for rev, n in num_jobs.items()
+        (
+            lane_of(batch.tenant, lane.revision, is_shared=lane.revision in shared),
+            batch.priority,
+            batch.tenant,
+            lane.revision,
+            lane.num_jobs,
+        )
+        for lane in lanes
     ]
     add_demand(conn, batch.pool, changes)
 
@@ -315,7 +338,7 @@ _READ_JOB = _Select(
     " j.finished_at, j.is_held, j.is_cancel_requested, j.revision_id, i.custom_id, i.adapter, i.seed, i.retry_of,"
     " i.prompt_idx, i.column_idx, i.sample_idx,"
     " r.seq, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message,"
-    f" r.prompt_tokens, r.completion_tokens, r.is_greedy, {_DETAILS}"
+    f" r.prompt_tokens, r.completion_tokens, r.is_greedy, r.retried_by, {_DETAILS}"
     " FROM jobs j JOIN job_inputs i ON i.job_id = j.id AND i.job_id BETWEEN :first AND :last"
     " LEFT JOIN job_results r ON r.job_id = j.id AND r.job_id BETWEEN :first AND :last"
 )
@@ -335,11 +358,12 @@ def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
 
 _READ_RESULTS = (
     "SELECT r.job_id AS id, r.batch_id, r.seq, r.state, r.text, r.token_ids, r.logprobs, r.finish_reason,"
-    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt, r.is_greedy,"
+    " r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, r.attempt, r.is_greedy, r.retried_by,"
     " i.custom_id, i.adapter, i.seed, i.retry_of, i.prompt_idx, i.column_idx, i.sample_idx, j.created_at,"
     " j.finished_at{details}"
     " FROM job_results r JOIN job_inputs i ON i.job_id = r.job_id JOIN jobs j ON j.id = r.job_id"
     " WHERE r.batch_id = :batch AND r.seq > :after AND r.job_id >= :oldest AND i.job_id >= :oldest"
+    " AND (r.retried_by IS NULL OR NOT :only_latest)"
     " ORDER BY r.seq LIMIT :limit"
 )
 _READ_PLAIN = text(_READ_RESULTS.format(details=""))
@@ -352,19 +376,32 @@ _DETAIL_BYTES = (
 _READ_DETAILED = text(
     f"SELECT * FROM ({_READ_RESULTS.format(details=f', {_DETAILS}{_DETAIL_BYTES}')}) page"
     " WHERE num_bytes <= :max_bytes"
-    " OR seq = (SELECT min(r.seq) FROM job_results r WHERE r.batch_id = :batch AND r.seq > :after) ORDER BY seq"
+    " OR seq = (SELECT min(r.seq) FROM job_results r WHERE r.batch_id = :batch AND r.seq > :after"
+    "  AND (r.retried_by IS NULL OR NOT :only_latest)) ORDER BY seq"
 )
 
 
 def read_results(
-    conn: Connection, batch: UUID, *, after: int, limit: int, with_details: bool = False
+    conn: Connection,
+    batch: UUID,
+    *,
+    after: int,
+    limit: int,
+    with_details: bool = False,
+    only_latest: bool = False,
 ) -> Sequence[Row[Any]]:
     """Results numbered above `after`, in order. Numbers are committed in order, so a reader misses none.
 
     with_details: with the likeliest tokens and the prompt's log-probabilities, where a job asked for them; fewer than
-    `limit` results where these are large.
+    `limit` results where these are large. only_latest: without those that a retry has superseded.
     """
-    parameters: dict[str, Any] = {"batch": batch, "after": after, "oldest": oldest_after(batch), "limit": limit}
+    parameters: dict[str, Any] = {
+        "batch": batch,
+        "after": after,
+        "oldest": oldest_after(batch),
+        "limit": limit,
+        "only_latest": only_latest,
+    }
     if not with_details:
         return conn.execute(_READ_PLAIN, parameters).all()
     return conn.execute(_READ_DETAILED, parameters | {"max_bytes": MAX_DETAIL_BYTES}).all()

@@ -17,6 +17,7 @@ class Due:
     judge: bool  # an open batch has a deadline
     expand: bool  # a sweep is to be rung
     end_revoked: bool  # jobs wait for an adapter that is shared no longer
+    deliver: bool  # a webhook's event is to be rung
 
 
 # statement_timestamp() holds still, so it can be looked up in an index: beside clock_timestamp() each look would read
@@ -31,7 +32,9 @@ _DUE = text(
     " EXISTS (SELECT FROM batches WHERE pool = :pool AND finished_at IS NULL AND deadline_at IS NOT NULL) AS judge,"
     " EXISTS (SELECT FROM sweeps WHERE expand_due_at IS NOT NULL AND expand_due_at <= clock_timestamp()) AS expand,"
     " EXISTS (SELECT FROM demand WHERE pool = :pool AND num_queued > 0 AND lane <> revision_id"
-    "  AND NOT medley_may_use(tenant_id, revision_id)) AS end_revoked"
+    "  AND NOT medley_may_use(tenant_id, revision_id)) AS end_revoked,"
+    " EXISTS (SELECT FROM webhook_deliveries WHERE due_at <= statement_timestamp()"
+    "  AND (rung_at IS NULL OR rung_at < due_at)) AS deliver"
 )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 
 from medley.db.batches import lock_batches
 from medley.db.ends import End, end_unclaimed
+from medley.db.webhooks import notify_quarantine
 from medley.spec.ids import uuid7
 
 ALONE_LIMIT = 3  # deaths with nothing else in the step before a job or an adapter is quarantined
@@ -126,6 +127,7 @@ def quarantine(conn: Connection, revision: UUID) -> bool:
     ).one_or_none()
     if row is None:
         return False
+    notify_quarantine(conn, revision)
     queued = conn.execute(
         text(f"SELECT q.id {_QUEUED} = :revision LIMIT :limit"), {"revision": revision, "limit": END_LIMIT}
     ).scalars()

@@ -1,8 +1,8 @@
 """The end of a job: the transitions into succeeded, failed, cancelled and expired.
 
-The first terminal write wins and is final. Each writes the result row, its number in the batch (`seq`), the
-batch's counts and usage in one transaction that holds the batch rows in id order, so numbers are committed in
-order and counts equal a recount.
+The first terminal write wins and is final. Each writes the result row, its number in the batch (`seq`), the counts
+and usage of batch and lane, the tenant's usage, and the events that follow, in one transaction that holds the batch
+rows in id order: numbers are committed in order, and every count equals a recount.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches, lock_batches_of
 from medley.db.connections import allow_minutes
+from medley.db.rates import recent_set
+from medley.db.webhooks import NOTIFY_COUNTED
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import oldest_after
 from medley.spec.jobs import Details, FinishReason, JobState
@@ -64,9 +66,40 @@ class End:
         return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_REVOKED, message=message))
 
 
-# `r` is what ended: (ord, job_id, tenant_id, batch_id, state, text, ...). The batches are locked, so last_seq stands:
-# that alone makes (batch_id, seq) unique, as no index is that holds it over all partitions.
-_STORE = """
+# Counts by lane, of batches that are locked: so nobody else writes these rows. They are upserted, not joined: a plan
+# made when few were there would read all of them.
+_COUNT_LANES = f"""
+lanes_ended AS (
+    SELECT batch_id, tenant_id, revision_id, count(*) AS num_ended, count(worker_id) AS num_run,
+        count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
+        count(*) FILTER (WHERE state = 'failed') AS failed,
+        count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+        count(*) FILTER (WHERE state = 'expired') AS expired,
+        sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
+    FROM numbered GROUP BY batch_id, tenant_id, revision_id
+), lanes_counted AS (
+    INSERT INTO batch_lanes AS l (batch_id, tenant_id, revision_id, succeeded, failed, cancelled, expired,
+        prompt_tokens, completion_tokens, recent_num)
+    SELECT batch_id, tenant_id, revision_id, succeeded, failed, cancelled, expired, prompt_tokens, completion_tokens,
+        num_run
+    FROM lanes_ended
+    ON CONFLICT (batch_id, revision_id) DO UPDATE SET
+        succeeded = l.succeeded + excluded.succeeded, failed = l.failed + excluded.failed,
+        cancelled = l.cancelled + excluded.cancelled, expired = l.expired + excluded.expired,
+        prompt_tokens = l.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = l.completion_tokens + excluded.completion_tokens,
+        {recent_set("l", "excluded.recent_num")}
+), failures_counted AS (
+    INSERT INTO batch_failures AS f (batch_id, tenant_id, revision_id, code, num_jobs)
+    SELECT batch_id, tenant_id, revision_id, coalesce(error_code, 'unknown'), count(*)
+    FROM numbered WHERE state = 'failed' GROUP BY 1, 2, 3, 4
+    ON CONFLICT (batch_id, revision_id, code) DO UPDATE SET num_jobs = f.num_jobs + excluded.num_jobs
+)"""
+
+# `r` is what ended: (ord, job_id, tenant_id, batch_id, revision_id, state, text, ...). The batches are locked, so
+# last_seq stands: that alone makes (batch_id, seq) unique, as no index is that holds it over all partitions.
+_STORE = (
+    """
 numbered AS (
     SELECT r.*, b.last_seq + row_number() OVER (PARTITION BY r.batch_id ORDER BY r.ord) AS seq
     FROM r JOIN batches b ON b.id = r.batch_id
@@ -76,14 +109,14 @@ numbered AS (
     SELECT job_id, tenant_id, batch_id, seq, state, text, token_ids::int4[], logprobs::float4[], finish_reason,
         error_code, error_message, prompt_tokens, completion_tokens, attempt, worker_id{columns}
     FROM numbered{details}
-), ended AS (
-    SELECT batch_id, count(*) AS num_ended,
-        count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
-        count(*) FILTER (WHERE state = 'failed') AS failed,
-        count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-        count(*) FILTER (WHERE state = 'expired') AS expired,
-        sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
-    FROM numbered GROUP BY batch_id
+), """
+    + _COUNT_LANES
+    + """, ended AS (
+    SELECT batch_id, sum(num_ended)::int8 AS num_ended, sum(num_run)::int8 AS num_run,
+        sum(succeeded)::int8 AS succeeded, sum(failed)::int8 AS failed, sum(cancelled)::int8 AS cancelled,
+        sum(expired)::int8 AS expired, sum(prompt_tokens)::int8 AS prompt_tokens,
+        sum(completion_tokens)::int8 AS completion_tokens
+    FROM lanes_ended GROUP BY batch_id
 ), counted AS (
     UPDATE batches b SET
         succeeded = b.succeeded + c.succeeded, failed = b.failed + c.failed,
@@ -94,12 +127,19 @@ numbered AS (
         finished_at = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
             THEN clock_timestamp() END,
         queued_bytes = CASE WHEN b.succeeded + b.failed + b.cancelled + b.expired + c.num_ended = b.total
-            THEN 0 ELSE b.queued_bytes END
+            THEN 0 ELSE b.queued_bytes END,
+        """
+    + recent_set("b", "c.num_run")
+    + """
     FROM ended c WHERE b.id = c.batch_id
-), dropped AS (
+    RETURNING b.*, c.failed AS failed_now
+), notified AS ("""
+    + NOTIFY_COUNTED
+    + """), dropped AS (
     DELETE FROM checkpoints c USING r WHERE c.job_id = r.job_id
 )
 """
+)
 
 # Gives back what the queue's quotas counted. Last of all rows, as for whoever reserves: the WHERE makes it wait for
 # the part of the statement that it names.
@@ -113,6 +153,18 @@ _GIVE_BACK = """, given_back AS (
         queued_bytes = u.queued_bytes + excluded.queued_bytes
 )
 """
+
+# What workers did for a tenant, by day and adapter revision.
+_USE = """, used AS (
+    INSERT INTO usage AS u (tenant_id, day, revision_id, num_jobs, prompt_tokens, completion_tokens)
+    SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, revision_id, count(*), sum(prompt_tokens),
+        sum(completion_tokens)
+    FROM r WHERE (SELECT count(*) FROM charged) >= 0 GROUP BY tenant_id, day, revision_id
+    ORDER BY tenant_id, day, revision_id
+    ON CONFLICT (tenant_id, day, revision_id) DO UPDATE SET num_jobs = u.num_jobs + excluded.num_jobs,
+        prompt_tokens = u.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = u.completion_tokens + excluded.completion_tokens RETURNING 1
+)"""
 
 _DETAIL_COLUMNS = {
     "top_token_ids": "int4[]",
@@ -149,7 +201,7 @@ WITH given AS (
     WHERE j.id = g.id AND j.attempt = g.attempt
         AND coalesce(j.worker_id = %(worker)s AND j.state = 'leased', false) AND EXISTS (
         SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'gone' AND w.lease_until > clock_timestamp())
-    RETURNING g.ord, j.batch_id, j.tenant_id, j.pool, j.est_tokens
+    RETURNING g.ord, j.batch_id, j.tenant_id, j.revision_id, j.pool, j.est_tokens, j.finished_at
 ), r AS (
     SELECT m.*, g.id AS job_id, g.state, g.text, g.token_ids, g.logprobs, g.finish_reason,
         g.error->>'code' AS error_code, g.error->>'message' AS error_message, coalesce(g.prompt_tokens, 0) AS
@@ -165,7 +217,8 @@ WITH given AS (
     ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY u.pool, t.id
     ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service RETURNING 1
 )"""
-    + _GIVE_BACK.format(after="charged")
+    + _USE
+    + _GIVE_BACK.format(after="used")
     + """SELECT coalesce(json_agg(json_build_array(ord, batch_id, seq) ORDER BY ord), '[]')::text FROM numbered
 """
 )

@@ -1,4 +1,4 @@
-"""Cancel and pause: flags of a batch or a job, which claims and flushes respect.
+"""Cancel, pause, priority and deadline: what may be said of a batch or a job while it runs.
 
 Setting a flag ends or holds what is still queued in the same transaction, so a claim never meets a job of a
 cancelled or paused batch; what is leased is left to its worker, which reads `flagged` each second.
@@ -6,9 +6,10 @@ cancelled or paused batch; what is leased is left to its worker, which reads `fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -84,6 +85,57 @@ def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) ->
     return True
 
 
+# The demand follows jobs that have `moved` from one priority (`was`) to another.
+_MOVE_DEMAND = """changes AS (
+    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n FROM moved
+    UNION ALL SELECT pool, lane, priority, tenant_id, revision_id, 1 FROM moved
+), demanded AS (
+    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT pool, lane, priority, tenant_id, revision_id, sum(n) FROM changes
+    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
+    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+)"""
+
+# Jobs that a near deadline has raised are put in their place too, and raised again where it is still near.
+_CHANGE = f"""
+WITH was AS (
+    SELECT j.id, j.priority, j.state FROM jobs j
+    WHERE j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s AND i.job_id >= %(oldest)s)
+        AND j.state IN ('queued', 'leased')
+        AND (j.priority, j.deadline_at) IS DISTINCT FROM (%(priority)s::int2, %(deadline_at)s::timestamptz)
+    FOR UPDATE
+), changed AS (
+    UPDATE jobs j SET priority = %(priority)s, deadline_at = %(deadline_at)s FROM was WHERE j.id = was.id
+    RETURNING j.pool, j.lane, was.priority AS was, j.priority, was.state, j.tenant_id, j.revision_id, j.is_held
+), moved AS (
+    SELECT * FROM changed WHERE state = 'queued' AND NOT is_held AND was <> priority
+), {_MOVE_DEMAND}
+SELECT count(*) FROM changed
+"""
+
+# An absent column is left alone: null is a value of one.
+_CHANGES = {"priority": "priority = :priority", "deadline_at": "deadline_at = :deadline_at"}
+
+
+def change_batch(conn: Connection, batch: UUID, changes: Mapping[str, Any]) -> None:
+    """Sets those of priority and deadline_at (None: none) that are in `changes`, of a batch and its jobs.
+
+    What runs keeps running, under the new deadline. Of a finished batch they hold for what is retried or added.
+    """
+    if not changes:
+        return
+    lock_batches(conn, [batch])
+    listed = ", ".join(_CHANGES[name] for name in changes)
+    row = conn.execute(
+        text(f"UPDATE batches SET {listed} WHERE id = :id RETURNING priority, deadline_at, finished_at"),
+        {"id": batch, **changes},
+    ).one()
+    if row.finished_at is None:
+        allow_minutes(conn)
+        parameters = {"batch": batch, "oldest": oldest_after(batch)}
+        conn.exec_driver_sql(_CHANGE, parameters | {"priority": row.priority, "deadline_at": row.deadline_at})
+
+
 class Flag(StrEnum):
     CANCEL = "cancel"
     EXPIRE = "expire"
@@ -127,7 +179,7 @@ def expire_queued(conn: Connection, limit: int = 5_000) -> set[UUID]:
 
 
 # Jobs that others are writing are left for the next call, so this waits for no job's lock.
-_HASTEN = """
+_HASTEN = f"""
 WITH near AS (
     SELECT id, priority FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL AND priority < %(high)s
         AND deadline_at <= statement_timestamp() + make_interval(secs => %(within_s)s)
@@ -135,16 +187,10 @@ WITH near AS (
     LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), raised AS (
     UPDATE jobs j SET priority = %(high)s FROM near WHERE j.id = near.id
-    RETURNING j.pool, j.lane, near.priority AS was, j.tenant_id, j.revision_id, j.is_held
-), changes AS (
-    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n FROM raised WHERE NOT is_held
-    UNION ALL SELECT pool, lane, %(high)s, tenant_id, revision_id, 1 FROM raised WHERE NOT is_held
-), demanded AS (
-    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
-    SELECT pool, lane, priority, tenant_id, revision_id, sum(n) FROM changes
-    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
-)
+    RETURNING j.pool, j.lane, near.priority AS was, j.priority, j.tenant_id, j.revision_id, j.is_held
+), moved AS (
+    SELECT * FROM raised WHERE NOT is_held
+), {_MOVE_DEMAND}
 SELECT count(*) FROM raised
 """
 

@@ -37,18 +37,23 @@ class Goes:
 # In the order in which they are deleted: what refers to another first. Jobs, inputs and results go before them.
 WITH_BATCH = (
     Goes("batch_forecasts", "batch_id"),
+    Goes("batch_lanes", "batch_id"),
+    Goes("batch_failures", "batch_id"),
+    Goes("webhooks", "batch_id"),
+    Goes("sweep_parts", "sweep_id"),
     Goes("sweep_columns", "sweep_id"),
     Goes("sweep_prompts", "sweep_id"),
     Goes("sweeps", "id"),
 )
 # Kept for the tenant's days from this time on.
-AGING: tuple[Goes, ...] = ()
+AGING = (Goes("webhook_deliveries", "created_at"),)
 # What is no record of work, or has a time of its own.
 KEPT = {
     "tenants": "until the tenant is deleted",
     "api_keys": "until the tenant is deleted",
     "tenant_limits": "until the tenant is deleted",
     "tenant_usage": "one row a tenant",
+    "usage": "until the tenant is deleted",
     "audit_log": "until the tenant is deleted",
     "adapter_grants": "until one of the two tenants is deleted",
     "adapters": "until the tenant is deleted",

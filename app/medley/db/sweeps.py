@@ -4,7 +4,8 @@ Cells are numbered prompt-major, so that one adapter's jobs spread over the whol
 cell = (prompt_idx * num_seeds + seed_idx) * num_columns + column_idx. A prompt that belongs to one adapter alone
 has cells for that adapter and the base only, so cells are the rows of `_CELLS`, in that order. Progress is kept as a
 prompt and the number of its cells that have become jobs: counted from the first cell, each chunk would make all
-earlier ones again.
+earlier ones again. A sweep that was extended has several parts, expanded one after the other: `sweep_parts` keeps the
+size with each, and `medley.db.sweep_parts` makes them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ EXPAND_RING_S = 5.0  # seconds after which an expansion that has not moved is ru
 
 @dataclass(frozen=True)
 class SweepPrompt:
+    """One prompt; equal ones are the same prompt."""
+
     prompt: str | None
-    prompt_token_ids: Sequence[int] | None
+    prompt_token_ids: tuple[int, ...] | None
     expected: str | None
     custom_id: str | None
     only_adapter: str | None
     continuation: str | None = None
-    continuation_token_ids: Sequence[int] | None = None
+    continuation_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,15 @@ class NewSweep:
         )
         return own * len(self.seeds)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the prompts, which are stored once however many cells run them."""
-        return sum(len(p.prompt.encode()) if p.prompt else 4 * len(p.prompt_token_ids or ()) for p in self.prompts)
+
+def as_tuple(token_ids: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Token ids as a `SweepPrompt` has them."""
+    return None if token_ids is None else tuple(token_ids)
+
+
+def prompt_bytes(prompts: Sequence[SweepPrompt]) -> int:
+    """What the prompts count in a quota: once, however many cells run them."""
+    return sum(len(p.prompt.encode()) if p.prompt else 4 * len(p.prompt_token_ids or ()) for p in prompts)
 
 
 def find_sweep(conn: Connection, name: str) -> Row[Any] | None:
@@ -99,43 +107,89 @@ def create_sweep(conn: Connection, batch: NewBatch, sweep: NewSweep) -> None:
             "num_columns": len(sweep.columns),
         },
     )
+    add_prompts(conn, batch.tenant, batch.id, sweep.prompts)
+    add_columns(conn, batch.tenant, batch.id, sweep.columns)
+    add_part(conn, batch.id)
+
+
+def add_prompts(
+    conn: Connection, tenant: UUID, sweep: UUID, prompts: Sequence[SweepPrompt], *, first_idx: int = 0
+) -> None:
+    """Writes prompts, numbered from `first_idx`."""
     conn.exec_driver_sql(
         "INSERT INTO sweep_prompts (sweep_id, prompt_idx, tenant_id, custom_id, prompt, prompt_token_ids, expected,"
-        " only_adapter, continuation, continuation_token_ids) SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.custom_id,"
-        " r.prompt, r.token_ids::int4[], r.expected, r.only_adapter, r.continuation, r.continuation_ids::int4[]"
-        " FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[], %(expected)b::text[],"
-        " %(only)b::text[], %(continuations)b::text[], %(continuation_ids)b::text[]) WITH ORDINALITY"
+        " only_adapter, continuation, continuation_token_ids) SELECT %(sweep)s, %(first)s + r.ord - 1, %(tenant)s,"
+        " r.custom_id, r.prompt, r.token_ids::int4[], r.expected, r.only_adapter, r.continuation,"
+        " r.continuation_ids::int4[] FROM unnest(%(custom_ids)b::text[], %(prompts)b::text[], %(token_ids)b::text[],"
+        " %(expected)b::text[], %(only)b::text[], %(continuations)b::text[], %(continuation_ids)b::text[])"
+        " WITH ORDINALITY"
         " AS r(custom_id, prompt, token_ids, expected, only_adapter, continuation, continuation_ids, ord)",
         {
-            "sweep": batch.id,
-            "tenant": batch.tenant,
-            "custom_ids": [p.custom_id for p in sweep.prompts],
-            "prompts": [p.prompt for p in sweep.prompts],
-            "token_ids": [
-                None if p.prompt_token_ids is None else array_literal(p.prompt_token_ids) for p in sweep.prompts
-            ],
-            "expected": [p.expected for p in sweep.prompts],
-            "only": [p.only_adapter for p in sweep.prompts],
-            "continuations": [p.continuation for p in sweep.prompts],
-            "continuation_ids": [
-                None if p.continuation_token_ids is None else array_literal(p.continuation_token_ids)
-                for p in sweep.prompts
-            ],
+            "sweep": sweep,
+            "tenant": tenant,
+            "first": first_idx,
+            "custom_ids": [p.custom_id for p in prompts],
+            "prompts": [p.prompt for p in prompts],
+            "token_ids": [_literal(p.prompt_token_ids) for p in prompts],
+            "expected": [p.expected for p in prompts],
+            "only": [p.only_adapter for p in prompts],
+            "continuations": [p.continuation for p in prompts],
+            "continuation_ids": [_literal(p.continuation_token_ids) for p in prompts],
         },
     )
+
+
+def _literal(token_ids: Sequence[int] | None) -> str | None:
+    return None if token_ids is None else array_literal(token_ids)
+
+
+def add_columns(
+    conn: Connection, tenant: UUID, sweep: UUID, columns: Sequence[SweepColumn], *, first_idx: int = 0
+) -> None:
+    """Writes columns, numbered from `first_idx`."""
     conn.exec_driver_sql(
         "INSERT INTO sweep_columns (sweep_id, column_idx, tenant_id, adapter, revision_id)"
-        " SELECT %(sweep)s, r.ord - 1, %(tenant)s, r.adapter, r.revision"
+        " SELECT %(sweep)s, %(first)s + r.ord - 1, %(tenant)s, r.adapter, r.revision"
         " FROM unnest(%(adapters)b::text[], %(revisions)b::uuid[]) WITH ORDINALITY AS r(adapter, revision, ord)",
         {
-            "sweep": batch.id,
-            "tenant": batch.tenant,
-            "adapters": [c.adapter for c in sweep.columns],
-            "revisions": [c.revision for c in sweep.columns],
+            "sweep": sweep,
+            "tenant": tenant,
+            "first": first_idx,
+            "adapters": [c.adapter for c in columns],
+            "revisions": [c.revision for c in columns],
         },
     )
 
 
+_ADD_PART = text(
+    "INSERT INTO sweep_parts (sweep_id, part_idx, tenant_id, num_prompts, num_columns, num_seeds)"
+    " SELECT s.id, coalesce((SELECT max(part_idx) + 1 FROM sweep_parts p WHERE p.sweep_id = s.id), 0), s.tenant_id,"
+    "  s.num_prompts, s.num_columns, cardinality(s.seeds) FROM sweeps s WHERE s.id = :id"
+)
+
+# A prompt that belongs to one adapter alone counts for that one and for the base.
+_COUNT_CELLS = text(
+    "WITH own AS (SELECT only_adapter, count(*) AS num FROM sweep_prompts WHERE sweep_id = :id GROUP BY only_adapter),"
+    " columns AS (SELECT c.*, cardinality(s.seeds) * (SELECT coalesce(sum(own.num), 0) FROM own"
+    "   WHERE own.only_adapter IS NULL OR c.adapter IS NULL OR own.only_adapter = c.adapter) AS total"
+    "  FROM sweeps s JOIN sweep_columns c ON c.sweep_id = s.id WHERE s.id = :id),"
+    " counted AS (INSERT INTO batch_lanes AS l (batch_id, tenant_id, revision_id, adapter, total)"
+    "  SELECT sweep_id, tenant_id, revision_id, adapter, total FROM columns"
+    "  ON CONFLICT (batch_id, revision_id) DO UPDATE SET total = excluded.total)"
+    " SELECT sum(total) FROM columns"
+)
+
+
+def add_part(conn: Connection, sweep: UUID) -> int:
+    """Makes the sweep as it stands in its row its newest part. Returns how many cells it has in all.
+
+    Counts the cells of each column, those that are no jobs yet among them.
+    """
+    conn.execute(_ADD_PART, {"id": sweep})
+    return int(conn.execute(_COUNT_CELLS, {"id": sweep}).scalar_one())
+
+
+# The cells of a part: those within its size, without those within the size of the part before (`before_*`).
 _CELLS = text(
     "SELECT p.prompt_idx, c.column_idx, q.seed, p.custom_id, c.adapter, c.revision_id,"
     " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1)"
@@ -144,15 +198,40 @@ _CELLS = text(
     " r.quarantined_at, r.tenant_id <> p.tenant_id AND NOT medley_may_use(p.tenant_id, r.id) AS is_revoked"
     # As many prompts as have `num_skipped + limit` cells for certain: all columns, or one at the least.
     " FROM (SELECT n.*, sum(n.num_cells) OVER (ORDER BY n.prompt_idx) - n.num_cells AS num_before FROM ("
-    "  SELECT w.*, CASE WHEN w.only_adapter IS NULL THEN CAST(:num_columns AS bigint) ELSE 1 END"
-    "   * cardinality(CAST(:seeds AS bigint[])) AS num_cells FROM sweep_prompts w"
-    "  WHERE w.sweep_id = :sweep AND w.prompt_idx >= :next_prompt ORDER BY w.prompt_idx LIMIT CAST(:limit AS int) + 1"
+    "  SELECT w.*, CASE WHEN w.only_adapter IS NULL THEN"
+    "    z.num_columns * z.num_seeds - CASE WHEN w.prompt_idx < z.before_prompts"
+    "     THEN z.before_columns * z.before_seeds ELSE 0 END"
+    "   WHEN w.prompt_idx < z.before_prompts AND z.num_seeds > z.before_seeds THEN z.num_seeds - z.before_seeds"
+    "   ELSE z.num_seeds END AS num_cells, z.num_columns, z.before_prompts, z.before_columns, z.before_seeds"
+    "  FROM sweep_prompts w CROSS JOIN ("
+    "   SELECT CAST(:num_columns AS bigint) AS num_columns, CAST(:num_seeds AS bigint) AS num_seeds,"
+    "    CAST(:before_prompts AS int) AS before_prompts, CAST(:before_columns AS bigint) AS before_columns,"
+    "    CAST(:before_seeds AS bigint) AS before_seeds) z"
+    "  WHERE w.sweep_id = :sweep AND w.prompt_idx >= :next_prompt AND w.prompt_idx < :num_prompts"
+    # Only prompts that have a cell here.
+    "   AND (w.prompt_idx >= z.before_prompts OR z.num_seeds > z.before_seeds OR EXISTS ("
+    "    SELECT FROM sweep_columns o WHERE o.sweep_id = w.sweep_id AND o.column_idx >= z.before_columns"
+    "     AND o.column_idx < z.num_columns"
+    "     AND (w.only_adapter IS NULL OR o.adapter IS NULL OR o.adapter = w.only_adapter)))"
+    "  ORDER BY w.prompt_idx LIMIT CAST(:limit AS int) + 1"
     " ) n) p CROSS JOIN unnest(CAST(:seeds AS bigint[])) WITH ORDINALITY AS q(seed, seed_idx)"
-    " JOIN sweep_columns c ON c.sweep_id = p.sweep_id"
+    " JOIN sweep_columns c ON c.sweep_id = p.sweep_id AND c.column_idx < p.num_columns"
     "  AND (p.only_adapter IS NULL OR c.adapter IS NULL OR c.adapter = p.only_adapter)"
+    "  AND NOT (p.prompt_idx < p.before_prompts AND c.column_idx < p.before_columns AND q.seed_idx <= p.before_seeds)"
     " LEFT JOIN adapter_revisions r ON r.id = c.revision_id"
     " WHERE p.num_before < CAST(:num_skipped AS bigint) + CAST(:limit AS int)"
     " ORDER BY p.prompt_idx, q.seed_idx, c.column_idx OFFSET :num_skipped LIMIT :limit"
+)
+
+_READ_EXPANSION = text(
+    "SELECT s.*, s.sampling->>'max_tokens' AS max_tokens, b.pool, b.priority, b.deadline_at, b.total,"
+    " b.paused_at, b.cancel_requested_at, p.num_prompts AS part_prompts, p.num_columns AS part_columns,"
+    " p.num_seeds AS part_seeds, coalesce(f.num_prompts, 0) AS before_prompts,"
+    " coalesce(f.num_columns, 0) AS before_columns, coalesce(f.num_seeds, 0) AS before_seeds"
+    " FROM sweeps s JOIN batches b ON b.id = s.id"
+    " JOIN sweep_parts p ON p.sweep_id = s.id AND p.part_idx = s.next_part_idx"
+    " LEFT JOIN sweep_parts f ON f.sweep_id = s.id AND f.part_idx = s.next_part_idx - 1"
+    " WHERE s.id = :id AND s.expand_due_at IS NOT NULL"
 )
 
 
@@ -162,31 +241,28 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
     Several expanders at once are harmless: the batch's row is locked and the progress read under it.
     """
     lock_batches(conn, [sweep_id])
-    row = conn.execute(
-        text(
-            "SELECT s.*, s.sampling->>'max_tokens' AS max_tokens, b.pool, b.priority, b.deadline_at, b.total,"
-            " b.paused_at, b.cancel_requested_at FROM sweeps s JOIN batches b ON b.id = s.id WHERE s.id = :id"
-        ),
-        {"id": sweep_id},
-    ).one_or_none()
-    if row is None or row.expand_due_at is None:
+    row = conn.execute(_READ_EXPANSION, {"id": sweep_id}).one_or_none()
+    if row is None:
         return True
     cells = _read_cells(conn, row, limit)
     batch = NewBatch(row.id, row.tenant_id, row.pool, priority=row.priority, deadline_at=row.deadline_at)
     jobs = [_cell_job(cell, int(row.max_tokens)) for cell in cells]
-    ids = append_jobs(conn, batch, jobs, is_held=row.paused_at is not None) if jobs else []
+    ids = append_jobs(conn, batch, jobs, is_held=row.paused_at is not None, are_counted=True) if jobs else []
     num_expanded = row.num_expanded + len(cells)
     done = num_expanded >= row.total
-    next_prompt, next_num_expanded = _position(row, cells)
+    part_idx, next_prompt, next_num_expanded = row.next_part_idx, *_position(row, cells)
+    if done or len(cells) < limit:
+        part_idx, next_prompt, next_num_expanded = row.next_part_idx + 1, 0, 0
     conn.execute(
         text(
-            "UPDATE sweeps SET num_expanded = :num_expanded, next_prompt_idx = :next_prompt,"
-            " next_num_expanded = :next_num_expanded, expand_due_at = CASE WHEN :done THEN NULL"
-            " ELSE clock_timestamp() + make_interval(secs => :ring_s) END WHERE id = :id"
+            "UPDATE sweeps SET num_expanded = :num_expanded, next_part_idx = :part_idx,"
+            " next_prompt_idx = :next_prompt, next_num_expanded = :next_num_expanded, expand_due_at ="
+            " CASE WHEN :done THEN NULL ELSE clock_timestamp() + make_interval(secs => :ring_s) END WHERE id = :id"
         ),
         {
             "id": sweep_id,
             "num_expanded": num_expanded,
+            "part_idx": part_idx,
             "next_prompt": next_prompt,
             "next_num_expanded": next_num_expanded,
             "done": done,
@@ -203,13 +279,18 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
 
 
 def _read_cells(conn: Connection, sweep: Row[Any], limit: int) -> Sequence[Row[Any]]:
-    """The next `limit` cells, fewer only where the sweep ends."""
+    """The next `limit` cells of the part, fewer only where it ends."""
     return conn.execute(
         _CELLS,
         {
             "sweep": sweep.id,
-            "seeds": sweep.seeds,
-            "num_columns": sweep.num_columns,
+            "seeds": sweep.seeds[: sweep.part_seeds],
+            "num_prompts": sweep.part_prompts,
+            "num_columns": sweep.part_columns,
+            "num_seeds": sweep.part_seeds,
+            "before_prompts": sweep.before_prompts,
+            "before_columns": sweep.before_columns,
+            "before_seeds": sweep.before_seeds,
             "next_prompt": sweep.next_prompt_idx,
             "num_skipped": sweep.next_num_expanded,
             "limit": limit,
@@ -267,10 +348,12 @@ _REPORT = text(
     " count(*) FILTER (WHERE p.expected IS NOT NULL AND r.state = 'succeeded') AS num_scored,"
     " count(*) FILTER (WHERE p.expected IS NOT NULL AND r.state = 'succeeded'"
     "  AND btrim(r.text, E' \\t\\r\\n') = btrim(p.expected, E' \\t\\r\\n')) AS num_correct,"
-    " sum(r.completion_tokens) AS completion_tokens"
+    " max(l.completion_tokens) AS completion_tokens"
     " FROM sweep_columns c"
+    " LEFT JOIN batch_lanes l ON l.batch_id = c.sweep_id"
+    "  AND coalesce(l.revision_id, l.tenant_id) = coalesce(c.revision_id, c.tenant_id)"
     " LEFT JOIN job_inputs i ON i.batch_id = c.sweep_id AND i.column_idx = c.column_idx AND i.job_id >= :oldest"
-    " LEFT JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
+    " LEFT JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest AND r.retried_by IS NULL"
     " LEFT JOIN sweep_prompts p ON p.sweep_id = c.sweep_id AND p.prompt_idx = i.prompt_idx"
     " WHERE c.sweep_id = :sweep GROUP BY c.column_idx, c.adapter ORDER BY c.column_idx"
 )

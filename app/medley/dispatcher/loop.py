@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import adapters, chores, counters, demand, flags, grants, leaders, queue, sweeps, workers
+from medley.db import adapters, chores, counters, demand, flags, grants, leaders, queue, sweeps, webhooks, workers
 from medley.db import forecasts as forecasts_db
 from medley.db.batches import HIGH
 from medley.db.connections import make_engine, transaction
@@ -30,7 +30,7 @@ from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
 from medley.health import beat
-from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
 RUN_JOBS_TASK = "medley.run_jobs"
@@ -207,6 +207,8 @@ class Dispatcher:
             self._chore("end_revoked", self._end_revoked)
         if due.expand:
             self._chore("expand", self._ring_expansions)
+        if due.deliver:
+            self._chore("deliver", self._ring_deliveries)
         if self._clock() >= self._maintain_due_at:
             self._ringer.send_task(MAINTAIN_TASK)
             self._maintain_due_at = self._clock() + MAINTAIN_EVERY_S
@@ -271,6 +273,10 @@ class Dispatcher:
     def _ring_expansions(self) -> None:
         for sweep in self._write(sweeps.due_expansions):
             self._ringer.send_task(EXPAND_TASK, sweep.hex)
+
+    def _ring_deliveries(self) -> None:
+        for delivery in self._write(webhooks.due_rings):
+            self._ringer.send_task(DELIVER_TASK, delivery.hex)
 
     def _dispatch(self) -> float:
         """One plan and its claims."""

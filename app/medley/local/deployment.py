@@ -134,6 +134,7 @@ class _Deployment:
         # Workers share the cores; each would otherwise start a thread on every one.
         threads = max(1, (os.cpu_count() or 1) // max(1, self._options.workers))
         env.setdefault("OMP_NUM_THREADS", str(threads if spec.image == "worker" else 1))
+        env.setdefault("MEDLEY_WEBHOOK_LOOPBACK", "true")  # whoever runs this is its only tenant
         env |= self._options.environ
         env |= {
             "MEDLEY_DATABASE_URL": self._servers.database_url(spec.role),

@@ -22,8 +22,10 @@ from medley.db.connections import make_engine
 from medley.db.erasure import NotErasable
 from medley.health import beat
 from medley.objects import StoreError
-from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Ringer
 from medley.store import Store
+from medley.tasks import deliver
+from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
 from medley.tasks.maintain import maintain
 from medley.tasks.orphans import Orphans
@@ -37,7 +39,7 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
     store = Store.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + deliver.NUM_THREADS + 1)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -46,22 +48,28 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
+    deliverer = Deliverer(engine, allow_loopback=settings.webhook_loopback, should_stop=_is_stopping)
     threading.excepthook = _end_on_crash
-    threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
+    threading.Thread(target=_look, args=(expander, deliverer, settings), name="look", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, engine, store)
+    _add_tasks(app, expander, deliverer, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
+    deliverer.close()
     ringer.close()
     engine.dispose()
     if worker.exitcode:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) -> None:
+def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: Engine, store: Store) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
+
+    @app.task(name=DELIVER_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def send_event(delivery: str) -> None:
+        deliverer.begin(UUID(hex=delivery))
 
     orphans = Orphans(engine, store)
     is_maintaining = threading.Lock()
@@ -81,10 +89,11 @@ def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) ->
             is_maintaining.release()
 
 
-def _look(expander: Expander, settings: Settings) -> None:
+def _look(expander: Expander, deliverer: Deliverer, settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
+            deliverer.look()
             expander.look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)

@@ -1,0 +1,71 @@
+"""The fleet: what waits for it, what it has done for whom, its workers and its leaders."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+
+from medley.db.models.base import AT, NOW, count, id_column, metadata, tenant_id
+
+demand = Table(
+    "demand",
+    metadata,
+    Column("pool", Text, primary_key=True),
+    Column("lane", UUID, primary_key=True),
+    Column("priority", SmallInteger, primary_key=True, autoincrement=False),
+    tenant_id(references=False),
+    Column("revision_id", UUID),
+    Column("num_queued", Integer, nullable=False),
+)
+
+tenant_counters = Table(
+    "tenant_counters",
+    metadata,
+    Column("pool", Text, primary_key=True),
+    Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
+    Column("service", Double, nullable=False, server_default=text("0")),
+    Column("is_backlogged", Boolean, nullable=False, server_default=text("false")),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    id_column(),
+    Column("pool", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("desired_state", Text, nullable=False),
+    Column("lease_until", AT, nullable=False),
+    Column("started_at", AT, nullable=False, server_default=NOW),
+    Column("changed_at", AT, nullable=False, server_default=NOW),
+    Column("max_num_seqs", Integer, nullable=False),
+    count("num_pages"),
+    count("page_size"),
+    count("num_tiles"),
+    Column("resident", ARRAY(UUID), nullable=False, server_default=text("'{}'")),
+    Column("stats", JSONB, nullable=False, server_default=text("'{}'")),
+    Index("workers_pool", "pool", postgresql_where=text("state <> 'gone'")),
+)
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("pool", Text, primary_key=True),
+    Column("holder", UUID, nullable=False),
+    Column("term", BigInteger, nullable=False),
+    Column("until", AT, nullable=False),
+)
