@@ -314,6 +314,7 @@ def sweep_of(row: Row[Any], columns: list[Column] | msgspec.UnsetType) -> Sweep:
 
 def _batch_fields(row: Row[Any]) -> dict[str, Any]:
     state = _batch_state(row)
+    expected_at = None if state == "paused" else row.expected_at
     return {
         "state": state,
         "priority": PRIORITY_NAMES[row.priority],
@@ -324,8 +325,8 @@ def _batch_fields(row: Row[Any]) -> dict[str, Any]:
         "usage": Usage(row.prompt_tokens, row.completion_tokens),
         "last_seq": row.last_seq,
         "rate": None if state == "finished" else read_rate(row),
-        "expected_at": None if state == "paused" else row.expected_at,
-        "is_late": bool(row.is_late),
+        "expected_at": expected_at,
+        "is_late": expected_at is not None and row.is_late,
     }
 
 

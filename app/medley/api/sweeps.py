@@ -78,15 +78,15 @@ async def extend(sweep_id: str, request: Request, who: Caller = Depends(submits)
     """
     Query(request).end()
     data, _ = await read_whole(request)
-    await with_sweep(who, sweep_id, lambda _, sweep: sweep)  # another's sweep has no wrong body
+    sweep = await with_sweep(who, sweep_id, lambda _, found: found)  # another's sweep has no wrong body
     limits = who.services.settings.limits
     asked = await who.services.sql.call(lambda: read_extension(data, limits))
 
-    def act(conn: Connection, sweep: UUID) -> tuple[Sweep, int]:
+    def act(conn: Connection) -> tuple[Sweep, int]:
         num_new = add_to_sweep(conn, who, sweep, asked, limits.max_jobs_per_request)
         return read_shown(conn, sweep), num_new
 
-    shown, num_new = await with_sweep(who, sweep_id, act)
+    shown, num_new = await who.services.sql.run_bulk(who.tenant.id, act)
     if num_new:
         who.services.ringer.send_task(EXPAND_TASK, shown.id.removeprefix("sweep_"))
     return answer(shown)
