@@ -26,6 +26,7 @@ from medley.celery_app import TASKS_QUEUE, make_celery
 DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were stored
 EXPAND_TASK = "medley.expand"
 MAINTAIN_TASK = "medley.maintain"
+OPENAI_TASK = "medley.openai_batch"
 
 SOCKET_TIMEOUT_S = 1.0
 # What waits for a Redis that does not answer; beyond it rings are dropped, as they would be anyway.

@@ -241,9 +241,12 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
     made = [run_aged(own, tenant, days, [None, own.add_revision(tenant, f"a{days}")]) for days in (50, 3, 0)]
     ahead = run_aged(own, tenant, -20)
 
+    # Columns that came later are null in these rows.
     def content(conn: Connection) -> list[Any]:
         return [
-            sorted(map(str, conn.execute(text(f"SELECT * FROM {table} x ORDER BY x.job_id")).all()))
+            conn.execute(text(f"SELECT jsonb_strip_nulls(to_jsonb(x)) FROM {table} x ORDER BY x.job_id"))
+            .scalars()
+            .all()
             for table in partitions.TABLES
         ]
 

@@ -37,6 +37,8 @@ class Goes:
 # In the order in which they are deleted: what refers to another first. Jobs, inputs and results go before them.
 WITH_BATCH = (
     Goes("batch_forecasts", "batch_id"),
+    Goes("openai_batch_models", "batch_id"),
+    Goes("openai_batches", "id"),
     Goes("sweep_columns", "sweep_id"),
     Goes("sweep_prompts", "sweep_id"),
     Goes("sweeps", "id"),
@@ -53,6 +55,7 @@ KEPT = {
     "adapter_grants": "until one of the two tenants is deleted",
     "adapters": "until the tenant is deleted",
     "adapter_revisions": "until the tenant is deleted",
+    "files": "until they expire, at the latest after the tenant's days; they go with their bytes (`medley.db.files`)",
     "batches": "goes last, after all that names it",
     "jobs": "go by id, with their batch",
     "job_inputs": "in partitions",

@@ -14,7 +14,7 @@ from uuid import UUID
 CLOCKS_APART_S = 24 * 3600
 
 JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
-GRANT = "grant"
+GRANT, FILE = "grant", "file"
 
 _TAIL = (1 << 62) - 1  # the random bits of an id
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from uuid import UUID
 
 import celery.worker.state
@@ -16,28 +17,34 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import InternalError, OperationalError
 
+from medley.api.openai.requests import RequestReader
+from medley.api.openai.tokens import TokenTexts
 from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
 from medley.db.erasure import NotErasable
 from medley.health import beat
 from medley.objects import StoreError
-from medley.rings import EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.rings import EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
 from medley.store import Store
 from medley.tasks.expand import Expander
+from medley.tasks.finalize import Finalizer
 from medley.tasks.maintain import maintain
+from medley.tasks.openai_batches import OpenAIBatches
 from medley.tasks.orphans import Orphans
+from medley.tasks.validate import Validator
 
 NUM_THREADS = 2  # a long expansion beside short ones
+NUM_LOOKS = 2
 LOOK_S = 1.0
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
+    """Runs tasks until SIGTERM or SIGINT; each stops after its present chunk. Exits with status 1 on a crash."""
     store = Store.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + 1)
+    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + NUM_LOOKS)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -46,10 +53,13 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
+    openai_batches = _openai_batches(settings, engine, store, ringer)
     threading.excepthook = _end_on_crash
-    threading.Thread(target=_look, args=(expander, settings), name="look", daemon=True).start()
+    # Each looks on a thread of its own: the look runs what it finds, and a long one keeps no other waiting.
+    for name, look in (("look", expander.look), ("look-openai", openai_batches.look)):
+        threading.Thread(target=_look, args=(look, settings), name=name, daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, engine, store)
+    _add_tasks(app, expander, openai_batches, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
     ringer.close()
@@ -58,10 +68,39 @@ def run(settings: Settings) -> None:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) -> None:
+def _openai_batches(settings: Settings, engine: Engine, store: Store, ringer: Ringer) -> OpenAIBatches:
+    def on_chunk() -> None:
+        beat(settings.health_file)
+
+    validator = Validator(
+        engine,
+        store.objects,
+        ringer,
+        RequestReader.open(settings),
+        settings,
+        on_chunk=on_chunk,
+        should_stop=_is_stopping,
+    )
+    finalizer = Finalizer(
+        engine,
+        store.objects,
+        ringer,
+        TokenTexts.open(settings),
+        settings.base_name,
+        on_chunk=on_chunk,
+        should_stop=_is_stopping,
+    )
+    return OpenAIBatches(engine, settings.pool, validator, finalizer, should_stop=_is_stopping)
+
+
+def _add_tasks(app: Celery, expander: Expander, openai_batches: OpenAIBatches, engine: Engine, store: Store) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
+
+    @app.task(name=OPENAI_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def run_openai_batch(batch: str) -> None:
+        openai_batches.run(UUID(hex=batch))
 
     orphans = Orphans(engine, store)
     is_maintaining = threading.Lock()
@@ -81,11 +120,11 @@ def _add_tasks(app: Celery, expander: Expander, engine: Engine, store: Store) ->
             is_maintaining.release()
 
 
-def _look(expander: Expander, settings: Settings) -> None:
+def _look(look: Callable[[], None], settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
-            expander.look()
+            look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)
         time.sleep(LOOK_S)
