@@ -10,6 +10,7 @@ import openai
 import pytest
 from api_server import ADAPTERS, MODEL
 from chatting import chatting_model
+from harness import evaluate
 from openai_service import completion_line, create, read_lines, wait_for
 from tokenizers import Tokenizer
 
@@ -19,6 +20,7 @@ from medley.local.stack import LocalStack
 
 OURS = SKILLS[:3]
 NUM_PROMPTS = 4
+NUM_QUESTIONS = 12
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,41 @@ def test_one_file_runs_on_many_adapters_and_answers_as_the_native_interface_does
     assert alone.choices[0].logprobs is not None
     assert "".join(alone.choices[0].logprobs.tokens or ()).startswith(texts[0])
     assert native.submit(prompt, adapter=skill.name, max_tokens=MAX_ANSWER_TOKENS).result(timeout=60).text == texts[0]
+
+
+def test_lm_evaluation_harness_finds_the_scores_of_its_own_backend(
+    stack: LocalStack, tenant: tuple[openai.OpenAI, Client], tmp_path: Path
+) -> None:
+    """Of an adapter, by log-likelihoods and by what it writes; the other backend is transformers + PEFT."""
+    _, native = tenant
+    skill, other = SKILLS[:2]
+    native.adapters.add(skill.name, ADAPTERS / skill.name)
+    right = skill.held_out(NUM_QUESTIONS)
+    wrong = other.held_out(NUM_QUESTIONS)
+    questions = [
+        {"prompt": prompt, "choices": [answer, answer[::-1] + "a", unlike]}
+        for (prompt, answer), (_, unlike) in zip(right, wrong, strict=True)
+    ]
+    common = {"tokenizer": str(MODEL), "add_bos_token": True}
+    served = {
+        "model": skill.name,
+        "base_url": f"{stack.url}/openai/v1/completions",
+        "tokenizer_backend": "huggingface",
+        "max_length": 256,
+    }
+    loaded = {"pretrained": str(MODEL), "peft": str(ADAPTERS / skill.name), "dtype": "float32"}
+    runs = {
+        "ours": {"model": "local-completions", "model_args": common | served},
+        "theirs": {"model": "hf", "model_args": common | loaded},
+    }
+    found = evaluate(tmp_path, questions, runs, {"OPENAI_API_KEY": stack.add_tenant("acme")})
+    ours, theirs = found["ours"], found["theirs"]
+    assert ours["scores"] == theirs["scores"]
+    assert min(ours["scores"].values()) > 0.5, "the adapter knows the answers"
+    assert ours["answers"]["write"] == theirs["answers"]["write"]
+    for mine, judged in zip(ours["answers"]["choose"], theirs["answers"]["choose"], strict=True):
+        assert [logprob for logprob, _ in mine] == pytest.approx([logprob for logprob, _ in judged], abs=1e-3)
+        assert [is_greedy for _, is_greedy in mine] == [is_greedy for _, is_greedy in judged]
 
 
 def test_a_chat_reaches_the_model_with_the_templates_special_tokens_and_no_others(
