@@ -24,7 +24,7 @@ from medley.api.openai.shapes import Deleted, file_of, page_of
 from medley.api.shapes import answer
 from medley.db import files
 from medley.db.quotas import check_file_room, lock_usage
-from medley.objects import ObjectMissing
+from medley.objects import ObjectMissing, StoreError
 from medley.spec.errors import Fault
 from medley.spec.ids import FILE, parse_id, public_id, uuid7
 from medley.spec.strict_json import shown_name
@@ -90,7 +90,7 @@ async def upload(request: Request, who: Caller = Depends(submits)) -> Response:
         )
         file, is_new = await services.sql.run(who.tenant.id, partial(_begin, who=who, create=create, file=file))
         if is_new:
-            await services.take_in(lambda: services.store.objects.put(file.object_key, sent.source))
+            await _store(who, create, file, sent.source)
 
     def finish(conn: Connection) -> Row[Any] | None:
         if is_new:
@@ -103,6 +103,17 @@ async def upload(request: Request, who: Caller = Depends(submits)) -> Response:
             await services.take_in(lambda: services.store.objects.delete(file.object_key))
         raise NotFound("file", public_id(FILE, file.id))
     return answer(file_of(row), headers=None if is_new else REPLAYED)
+
+
+async def _store(who: Caller, create: Create, file: files.NewFile, source: BinaryIO) -> None:
+    """Stores the bytes. Where that fails, and no equal request can go on with it, the file takes no room."""
+    services = who.services
+    try:
+        await services.take_in(lambda: services.store.objects.put(file.object_key, source))
+    except (StoreError, OSError):
+        if create.key is None:
+            await services.sql.run(who.tenant.id, lambda conn: files.give_up_files(conn, [file.id]))
+        raise
 
 
 def _begin(conn: Connection, who: Caller, create: Create, file: files.NewFile) -> tuple[files.NewFile, bool]:
