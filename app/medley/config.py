@@ -65,6 +65,7 @@ class Limits:
     max_prompt_bytes: int = 256 << 10
     max_jobs_per_request: int = 1_000_000
     max_adapter_bytes: int = 1024 * MIB
+    max_file_bytes: int = 512 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Quotas:
     queued_jobs: int = 10_000_000  # that have not ended
     queued_bytes: int = 16 * 1024 * MIB  # of prompts, in batches that have not finished
     adapters: int = 10_000
-    storage_bytes: int = 1024 * 1024 * MIB  # of adapters' files, every revision's
+    storage_bytes: int = 1024 * 1024 * MIB  # of adapters' files, every revision's, and of files for batches
     requests_per_s: float = 500.0  # on the average of ten seconds
 
 
@@ -121,6 +122,8 @@ class Settings:
     redis_url: str
     store_url: str
     model: str | None
+    model_name: str | None = None  # by which OpenAI's clients name the base; None: its folder's name
+    completion_wait_s: float = 300.0  # how long a completion over HTTP may wait for its jobs
     pool: str = "default"
     host: str = "127.0.0.1"
     port: int = 8700
@@ -136,6 +139,11 @@ class Settings:
     log_format: str = "line"
     log_level: str = "info"
 
+    @property
+    def base_name(self) -> str:
+        """The base model's name among OpenAI's models."""
+        return self.model_name or (Path(self.model).resolve().name if self.model else "base")
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read all keys. Raises `ConfigError` for the first that is missing or bad."""
@@ -146,6 +154,8 @@ class Settings:
             redis_url=_redis_url(read),
             store_url=read.url("MEDLEY_STORE_URL", {"file", "s3"}),
             model=read.text("MEDLEY_MODEL"),
+            model_name=read.text("MEDLEY_MODEL_NAME"),
+            completion_wait_s=read.seconds("MEDLEY_COMPLETION_WAIT_S", defaults.completion_wait_s),
             pool=read.text("MEDLEY_POOL") or defaults.pool,
             host=read.text("MEDLEY_HOST") or defaults.host,
             port=read.whole("MEDLEY_PORT", defaults.port, low=0, high=65535),
@@ -296,6 +306,7 @@ def _limits(read: _Reader) -> Limits:
         max_prompt_bytes=read.whole("MEDLEY_MAX_PROMPT_BYTES", default.max_prompt_bytes, low=1),
         max_jobs_per_request=read.whole("MEDLEY_MAX_JOBS_PER_REQUEST", default.max_jobs_per_request, low=1),
         max_adapter_bytes=read.whole("MEDLEY_MAX_ADAPTER_BYTES", default.max_adapter_bytes, low=1),
+        max_file_bytes=read.whole("MEDLEY_MAX_FILE_BYTES", default.max_file_bytes, low=1),
     )
 
 

@@ -27,6 +27,7 @@ DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were st
 EXPAND_TASK = "medley.expand"
 MAINTAIN_TASK = "medley.maintain"
 DELIVER_TASK = "medley.deliver"
+OPENAI_TASK = "medley.openai_batch"
 
 SOCKET_TIMEOUT_S = 1.0
 # What waits for a Redis that does not answer; beyond it rings are dropped, as they would be anyway.

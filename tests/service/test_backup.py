@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from aging import run_aged
@@ -35,6 +36,7 @@ from medley.spec.jobs import JobState
 from medley.store import Store
 
 NUM_JOBS = 120
+FILE = b"a file of the tenant's"
 
 
 def _medley(*args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -78,6 +80,7 @@ def test_a_backup_of_a_running_service_becomes_a_service_that_goes_on(tmp_path: 
         key = first.add_tenant("acme")
         with Client(first.url, key) as client:
             client.adapters.add("add", ADAPTERS / "add")
+            file = _upload(first.url, key)
             done = client.submit_many(_jobs(10, 8))
             ended = {r.id: r.text for r in done.results(timeout=60)}
             running = client.submit_many(_jobs(NUM_JOBS, 40))
@@ -108,6 +111,7 @@ def test_a_backup_of_a_running_service_becomes_a_service_that_goes_on(tmp_path: 
         assert len({r.id for r in results}) == NUM_JOBS
         assert {r.state for r in results} == {JobState.SUCCEEDED}
         assert client.submit("2+3=", adapter="add", max_tokens=4).result(timeout=60).text
+        assert httpx.get(f"{second.url}/openai/v1/files/{file}/content", headers=_headers(key)).content == FILE
         _audit(second.database_url("medley_work"))
         _delete(second, client)
 
@@ -127,7 +131,18 @@ def _delete(stack: LocalStack, client: Client) -> None:
         for table in ("jobs", "job_inputs", "job_results", "batches", "adapter_revisions", "tenants", "api_keys"):
             assert conn.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 0
     engine.dispose()
-    assert list((stack.data_dir / "store" / "sha256").glob("*/*")) == []
+    for kind in ("sha256", "files"):
+        assert list((stack.data_dir / "store" / kind).glob("*/*")) == []
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _upload(url: str, key: str) -> str:
+    """The id of a file."""
+    made = httpx.post(f"{url}/openai/v1/files", headers=_headers(key), files={"file": FILE}, data={"purpose": "batch"})
+    return str(made.raise_for_status().json()["id"])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,13 @@ import pytest
 from aging import run_aged
 from api_server import ADAPTERS, Api, adapter_files
 from click.testing import CliRunner
-from ledger import Ledger
+from ledger import Ledger, reserve
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from medley.cli import main
 from medley.config import Limits, Quotas
-from medley.db import audit, batches, erasure, flags, sweeps, tenants, webhooks
+from medley.db import audit, batches, erasure, files, flags, openai_batches, sweeps, tenants, webhooks
 from medley.db.connections import tenant_transaction
 from medley.db.models import metadata
 from medley.objects import FolderObjects
@@ -133,7 +134,37 @@ def fill(ledger: Ledger, store: Store, tenant: UUID) -> UUID:
         )
         webhooks.add_webhook(conn, hook)
         audit.record(conn, tenant, audit.OPERATOR, "tenant.create", "somebody")
+    add_openai_batch(ledger, store, tenant, revision)
     return worker
+
+
+def add_openai_batch(ledger: Ledger, store: Store, tenant: UUID, revision: UUID) -> None:
+    """One of a stored file, whose lines have become no jobs yet."""
+    id_, data = uuid7(), b"{}\n"
+    file = files.NewFile(
+        id=uuid7(),
+        tenant=tenant,
+        purpose=files.BATCH_INPUT,
+        filename="x.jsonl",
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).digest(),
+    )
+    new = openai_batches.NewOpenAIBatch(
+        endpoint="/v1/completions",
+        input_file=file.id,
+        completion_window="24h",
+        metadata=None,
+        output_expires_after_s=None,
+    )
+    with tenant_transaction(ledger.api, tenant) as conn:
+        files.begin_file(conn, file)
+        store.objects.put(file.object_key, io.BytesIO(data))
+        files.finish_file(conn, file.id)
+        batches.open_batch(conn, batches.NewBatch(id_, tenant, ledger.pool))
+        openai_batches.create_openai_batch(conn, id_, tenant, new)
+    with ledger.working() as conn:
+        openai_batches.begin_jobs(conn, id_, num_requests=1, num_jobs=1, models={"own": revision})
+        reserve(conn, batches.NewBatch(id_, tenant, ledger.pool), 1)
 
 
 def abort_what_runs(ledger: Ledger, worker: UUID) -> int:
@@ -250,6 +281,8 @@ def test_all_of_a_tenant_is_erased_and_nothing_of_another(own: Ledger, database:
     assert certificate.num_rows == before
     assert (certificate.num_revisions, certificate.num_shared) == (1, 1)
     assert len(list((_root(store) / "sha256").glob("*/*/*.safetensors"))) == num_files - 1
+    assert list(store.objects.keys(files.object_prefix(tenant))) == []
+    assert len(list(store.objects.keys(files.object_prefix(other)))) == 1
     end_tenants(own.work, store)
     with own.working() as conn:
         assert [c for c in erasure.read_certificates(conn) if c.tenant == tenant] == [certificate]

@@ -242,10 +242,13 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
     made = [run_aged(own, tenant, days, [None, own.add_revision(tenant, f"a{days}")]) for days in (50, 3, 0)]
     ahead = run_aged(own, tenant, -20)
 
+    # Columns that came later are null in these rows.
     def content(conn: Connection) -> list[Any]:
         """Without the column that is later than the version it goes down to."""
         return [
-            conn.execute(text(f"SELECT (to_jsonb(x) - 'retried_by')::text FROM {table} x ORDER BY x.job_id")).all()
+            conn.execute(text(f"SELECT jsonb_strip_nulls(to_jsonb(x)) FROM {table} x ORDER BY x.job_id"))
+            .scalars()
+            .all()
             for table in partitions.TABLES
         ]
 
@@ -253,7 +256,7 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
         before = content(conn)
     own.work.dispose()
     own.api.dispose()
-    downgrade(database.url("medley_owner"), "0005")
+    downgrade(database.url("medley_owner"), "0004")
     with own.working() as conn:
         assert content(conn) == before
         assert (

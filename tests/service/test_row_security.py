@@ -13,6 +13,7 @@ from uuid import UUID
 
 import pytest
 from api_server import Api, adapter_files
+from openai_service import client_of, close_clients, completion_line, create, make_tasks
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from test_api_access import CLOSED, Route
@@ -119,6 +120,9 @@ def tables(api: Api) -> Tables:
     acme.post("/v1/sweeps", json={"name": "s", "prompts": ["a"], "adapters": ["*"]})
     _expand_all(api)
     assert acme.post("/v1/webhooks", json=WEBHOOK).status_code == 201
+    create(client_of(api, "acme"), [completion_line("1", "mine")])
+    make_tasks(api).look()
+    close_clients()
     tenant = api.tenant_id("acme")
     job = acme.post("/v1/jobs", json={"prompt": "a", "adapter": "mine"}).json()
     lane = parse_id("rev", job["revision"])
@@ -248,16 +252,19 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
     """The caller is acme, and so is every id and every `tenant_id` that the API writes; the transaction is not."""
     api = tables.api
     acme = api.as_tenant("acme")
-    job = next(iter(acme.get("/v1/batches").json()["batches"]))
     jobs = [row.id for row in api.ledger.jobs().values() if row.tenant_id == tables.acme]
     [key, *_] = acme.get("/v1/keys").json()["keys"]
     [webhook] = acme.get("/v1/webhooks").json()["webhooks"]
+    [file, *_] = acme.get("/openai/v1/files").json()["data"]
+    [batch, *_] = acme.get("/openai/v1/batches").json()["data"]
     paths = {
         "name": "mine",
         "owner": "acme",
         "tenant": "initech",
         "job_id": f"job_{jobs[0].hex}",
-        "batch_id": job["id"],
+        "batch_id": batch["id"],
+        "file_id": file["id"],
+        "model": "mine",
         "sweep_id": "s",
         "key_id": key["id"],
         "webhook_id": webhook["id"],
@@ -271,11 +278,11 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
 
     monkeypatch.setattr(sql, "tenant_transaction", misbound)
     for route in CLOSED:
-        response = acme.request(route.method, route.path.format(**paths), **_body(route))
+        response = acme.request(route.method, route.path.format(**paths), **_body(route, file["id"]))
         if route.names_something and route.method != "PUT":
             assert response.status_code == 404, (route, response.text)
         elif route.method != "GET":
-            assert response.status_code in (400, 403, 500), (route, response.text)
+            assert response.status_code in (400, 403, 404, 500), (route, response.text)
         else:
             told = response.text
             assert not [
@@ -285,7 +292,7 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
     assert tables.snapshot() == before
 
 
-def _body(route: Route) -> dict[str, Any]:
+def _body(route: Route, file: str) -> dict[str, Any]:
     """A body that would be taken."""
     bodies: dict[str, dict[str, Any]] = {
         "POST /v1/jobs": {"json": {"prompt": "a"}},
@@ -298,5 +305,10 @@ def _body(route: Route) -> dict[str, Any]:
         "PATCH /v1/webhooks/{webhook_id}": {"json": {"enabled": False}},
         "POST /v1/adapters/{name}/grants": {"json": {"tenant": "globex"}},
         "PUT /v1/adapters/{name}": {"files": adapter_files()},
+        "POST /openai/v1/files": {"files": {"file": b"{}"}, "data": {"purpose": "batch"}},
+        "POST /openai/v1/batches": {
+            "json": {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        },
+        "POST /openai/v1/completions": {"json": {"model": "model", "prompt": "a"}},
     }
     return bodies.get(str(route), {})

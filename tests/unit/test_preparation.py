@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from medley.db.inputs import Assigned
 from medley.spec.errors import ErrorCode
@@ -22,9 +22,23 @@ def folders_of(store: Path) -> AdapterFolders:
     return AdapterFolders(Store.open(str(store)), None, lambda _: None)
 
 
-def make_job(prompt: str, *, is_quarantined: bool = False) -> Assigned:
+def make_job(prompt: str, *, is_quarantined: bool = False, is_templated: bool = False) -> Assigned:
     revision = uuid7() if is_quarantined else None
-    return Assigned(uuid7(), 1, uuid7(), revision, None, prompt, None, SamplingParams(), None, 1, None, is_quarantined)
+    return Assigned(
+        job=uuid7(),
+        attempt=1,
+        tenant=uuid7(),
+        revision=revision,
+        digest=None,
+        prompt=prompt,
+        prompt_token_ids=None,
+        sampling=SamplingParams(),
+        checkpoint=None,
+        priority=1,
+        step_limit=None,
+        is_quarantined=is_quarantined,
+        is_templated=is_templated,
+    )
 
 
 def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None:
@@ -37,6 +51,16 @@ def test_a_prompt_that_the_tokenizer_refuses_fails_alone(tmp_path: Path) -> None
     (failure,) = failures
     assert failure.job == jobs[1].job
     assert "strange" not in msgspec.json.encode(failure).decode()
+
+
+def test_a_prompt_that_holds_its_special_tokens_gets_no_others(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"known": 0, "<s>": 1}, unk_token="known"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    jobs = [make_job("known"), make_job("<s>known", is_templated=True), make_job("known known")]
+    held, _ = Preparation(TextCodec(tokenizer), folders_of(tmp_path), lambda: None).prepare(jobs)
+    assert [h.item and h.item.prompt_token_ids for h in held] == [(1, 0), (1, 0), (1, 0, 0)]
 
 
 def test_a_job_of_a_quarantined_adapter_never_reaches_the_engine(tmp_path: Path) -> None:

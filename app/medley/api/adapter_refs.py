@@ -18,7 +18,6 @@ from sqlalchemy import Connection, Row
 
 from medley.db.adapters import NAME, read_revisions, resolve
 from medley.db.grants import read_shared
-from medley.db.tenants import Tenant
 from medley.spec.ids import REVISION, parse_id
 
 MAX_REF_CHARS = 400
@@ -50,12 +49,15 @@ class _Revision:
     is_quarantined: bool
 
 
-def resolve_refs(conn: Connection, tenant: Tenant, refs: Iterable[str]) -> dict[str, Resolved]:
-    """Each of `refs` resolved, in two queries and one more an adapter of the caller's that is pinned to a revision."""
+def resolve_refs(conn: Connection, caller: str, refs: Iterable[str]) -> dict[str, Resolved]:
+    """Each of `refs` resolved, in two queries and one more an adapter of the caller's that is pinned to a revision.
+
+    caller: the name of the transaction's tenant.
+    """
     found: dict[str, Resolved] = {}
     parsed: list[_Ref] = []
     for text in refs:
-        ref = _parse(text, tenant)
+        ref = _parse(text, caller)
         if ref is None:
             found[text] = Resolved(text, None, _SYNTAX)
         else:
@@ -72,7 +74,7 @@ def resolve_refs(conn: Connection, tenant: Tenant, refs: Iterable[str]) -> dict[
     return found
 
 
-def _parse(text: str, tenant: Tenant) -> _Ref | None:
+def _parse(text: str, caller: str) -> _Ref | None:
     if len(text) > MAX_REF_CHARS:
         return None
     path, at, pin = text.partition("@")
@@ -81,7 +83,7 @@ def _parse(text: str, tenant: Tenant) -> _Ref | None:
         return None
     if "\0" in owner or not owner.isascii():
         return None
-    return _Ref(text, owner if slash and owner != tenant.name else None, name, pin or None)
+    return _Ref(text, owner if slash and owner != caller else None, name, pin or None)
 
 
 def _own_revisions(conn: Connection, ref: _Ref, adapter: Row[Any] | None) -> list[_Revision]:

@@ -30,6 +30,10 @@ from medley.api import (
     workers,
 )
 from medley.api.limits import BodyLimit
+from medley.api.openai import batches as openai_batches
+from medley.api.openai import completions as openai_completions
+from medley.api.openai import files as openai_files
+from medley.api.openai import models as openai_models
 from medley.api.request_ids import RequestIds
 from medley.api.services import Services
 from medley.config import Settings
@@ -53,6 +57,10 @@ ROUTERS = (
     keys,
     quotas,
     audit,
+    openai_files,
+    openai_batches,
+    openai_models,
+    openai_completions,
     openapi,
 )
 

@@ -115,7 +115,7 @@ async def _create(
     settings = who.services.settings
 
     def act(conn: Connection) -> tuple[Created, Row[Any] | None]:
-        reader = JobReader(defaults, settings.limits, lambda refs: resolve_refs(conn, who.tenant, refs), locate)
+        reader = JobReader(defaults, settings.limits, lambda refs: resolve_refs(conn, who.tenant.name, refs), locate)
         reader.faults.extend(faults.listed)
         created = create_jobs(conn, who.tenant, settings.pool, wanted, options, reader, chunks(reader))
         return created, read_batch(conn, created.batch)

@@ -1,4 +1,4 @@
-"""Answers other than 2xx: the tree of refusals, and the one JSON shape they all have.
+"""Answers other than 2xx: the tree of refusals, and the JSON shape they have; under /openai/ it is OpenAI's.
 
     ApiError
       InvalidRequest  400  all faults of the request at once
@@ -28,6 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from medley.api.openai import errors as openai
 from medley.db.batches import TenantClosing
 from medley.db.idempotency import KeyConflict
 from medley.db.quotas import QuotaExceeded
@@ -137,7 +138,7 @@ _ADVICE = {
     "queued_jobs": "wait until jobs have ended, or cancel some",
     "queued_bytes": "wait until batches have finished, or cancel some",
     "adapters": "delete adapters",
-    "storage_bytes": "store fewer or smaller adapters",
+    "storage_bytes": "store fewer or smaller adapters and files",
 }
 
 
@@ -199,14 +200,18 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
-def error_response(error: ApiError) -> Response:
-    """The answer for a refusal."""
+def error_response(error: ApiError, path: str) -> Response:
+    """The answer for a refusal, in the shape that callers of `path` read."""
+    if path.startswith(openai.PREFIX):
+        content = openai.error_body(error.status, error.code, error.message, error.faults)
+        headers = openai.error_headers(error.status) | error.headers
+        return Response(content, error.status, headers, media_type="application/json")
     body = ErrorBody(ErrorDetail(error.code, error.message, error.faults))
     return Response(msgspec.json.encode(body), error.status, error.headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Gives every failure of `app` the one shape."""
+    """Gives every failure of `app` its shape."""
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(KeyConflict, _key_conflict)
@@ -219,9 +224,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _bug)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -229,27 +234,27 @@ async def _http(request: Request, error: Exception) -> Response:
     refused = ApiError(f"{request.method} {request.url.path[:200]}: {error.detail}", headers=dict(error.headers or {}))
     refused.status = error.status_code
     refused.code = "not_found" if error.status_code in (404, 405) else "invalid_request"
-    return error_response(refused)
+    return error_response(refused, request.url.path)
 
 
-async def _gone(_: Request, _error: Exception) -> Response:
+async def _gone(request: Request, _error: Exception) -> Response:
     # The body was cut, so nobody reads this; without it a log would speak of a bug.
-    return error_response(InvalidRequest("the request was cut"))
+    return error_response(InvalidRequest("the request was cut"), request.url.path)
 
 
-async def _key_conflict(_: Request, error: Exception) -> Response:
+async def _key_conflict(request: Request, error: Exception) -> Response:
     refused = Conflict(f"the idempotency key {str(error)[:200]!r} was used with another request")
     refused.code = "idempotency_conflict"
-    return error_response(refused)
+    return error_response(refused, request.url.path)
 
 
-async def _over_quota(_: Request, error: Exception) -> Response:
+async def _over_quota(request: Request, error: Exception) -> Response:
     assert isinstance(error, QuotaExceeded)
-    return error_response(OverQuota(error))
+    return error_response(OverQuota(error), request.url.path)
 
 
-async def _closing(_: Request, _error: Exception) -> Response:
-    return error_response(Closing())
+async def _closing(request: Request, _error: Exception) -> Response:
+    return error_response(Closing(), request.url.path)
 
 
 async def _database(request: Request, error: Exception) -> Response:
@@ -257,15 +262,15 @@ async def _database(request: Request, error: Exception) -> Response:
     if not isinstance(error, OperationalError | PoolTimeout):
         return await _bug(request, error)
     log.warning("database.unavailable", path=request.url.path, error=type(error).__name__)
-    return error_response(NotReady("the database does not answer in time; try again"))
+    return error_response(NotReady("the database does not answer in time; try again"), request.url.path)
 
 
 async def _store(request: Request, error: Exception) -> Response:
     log.warning("store.unavailable", path=request.url.path, reason=str(error))
-    return error_response(NotReady("the store does not answer in time; try again"))
+    return error_response(NotReady("the store does not answer in time; try again"), request.url.path)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     origin = type(getattr(error, "orig", error)).__name__
     log.error("request.failed", method=request.method, path=request.url.path, error=origin, exc_info=error)
-    return error_response(ApiError("an internal error; it was logged"))
+    return error_response(ApiError("an internal error; it was logged"), request.url.path)

@@ -14,6 +14,19 @@ from medley.api.errors import ErrorBody, ErrorDetail
 from medley.api.grants import GrantBody
 from medley.api.job_bodies import SingleJob
 from medley.api.keys import Key, KeyBody, RotationBody
+from medley.api.openai.batches import OpenAIBatchBody
+from medley.api.openai.bodies import ChatBody, CompletionBody
+from medley.api.openai.choices import (
+    ChatChoice,
+    ChatCompletion,
+    ChatMessage,
+    CompletionUsage,
+    TextChoice,
+    TextCompletion,
+)
+from medley.api.openai.errors import OpenAIErrorBody, error_of
+from medley.api.openai.logprobs import TextLogprobs
+from medley.api.openai.shapes import BatchUsage, Deleted, File, Model, OpenAIBatch, RequestCounts
 from medley.api.operations import (
     AdapterPage,
     AuditPage,
@@ -22,10 +35,13 @@ from medley.api.operations import (
     BatchRequest,
     DeliveryList,
     ExtensionRequest,
+    FilePage,
     GrantList,
     KeyPage,
     LimitList,
     Live,
+    ModelList,
+    OpenAIBatchPage,
     QuotaUse,
     Ready,
     ResultPage,
@@ -230,13 +246,51 @@ _entry = Entry(
     request_id="req_1",
     client_address="192.0.2.7",
 )
+_FAULT = Fault(field="max_tokens", got="0", wanted="1 to 32768")
+_file = File(
+    id=f"file_{_HEX}",
+    bytes=140,
+    created_at=1_904_000_000,
+    expires_at=1_906_592_000,
+    filename="prompts.jsonl",
+    purpose="batch",
+)
+_openai_batch = OpenAIBatch(
+    id=f"batch_{_HEX}",
+    endpoint="/v1/completions",
+    model="caesar-3",
+    errors=None,
+    input_file_id=_file.id,
+    completion_window="24h",
+    status="in_progress",
+    output_file_id=None,
+    error_file_id=None,
+    created_at=1_904_000_000,
+    in_progress_at=1_904_000_001,
+    expires_at=1_904_086_400,
+    finalizing_at=None,
+    completed_at=None,
+    failed_at=None,
+    expired_at=None,
+    cancelling_at=None,
+    cancelled_at=None,
+    request_counts=RequestCounts(2, 1, 0),
+    usage=BatchUsage(7, 3, 10, {"cached_tokens": 0}, {"reasoning_tokens": 0}),
+    metadata={"run": "nightly"},
+)
+_base_model = Model(id="llama", created=0, owned_by="medley", root="llama", parent=None)
+_model = Model(
+    id="caesar-3", created=1_904_000_000, owned_by="acme", root=f"caesar-3@rev_{_HEX}", parent=_base_model.id
+)
+_openai_usage = CompletionUsage(7, 3, 10)
+_shown = TextLogprobs(["s", "o"], [-0.1, -0.2], [{"s": -0.1, "t": -2.5}, {"o": -0.2, "a": -2.0}], [0, 1])
 _prompt = {"prompt": "planet=", "expected": "sodqhw"}
 _values: dict[Any, Any] = {
     ErrorBody: ErrorBody(
         ErrorDetail(
             "invalid_request",
             "1 fault in the request; nothing was done",
-            (Fault(field="max_tokens", got="0", wanted="1 to 32768"),),
+            (_FAULT,),
         )
     ),
     Live: Live(True),
@@ -281,6 +335,28 @@ _values: dict[Any, Any] = {
     WebhookList: WebhookList([_webhook]),
     Delivery: _delivery,
     DeliveryList: DeliveryList([_delivery]),
+    OpenAIErrorBody: OpenAIErrorBody(error_of(400, "invalid_request", "1 fault in the request", (_FAULT,))),
+    File: _file,
+    FilePage: FilePage([_file], False, _file.id, _file.id, "list"),
+    Deleted: Deleted(_file.id, "file"),
+    OpenAIBatchBody: {
+        "input_file_id": _file.id,
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+        "metadata": {"run": "nightly"},
+    },
+    OpenAIBatch: _openai_batch,
+    OpenAIBatchPage: OpenAIBatchPage([_openai_batch], False, _openai_batch.id, _openai_batch.id, "list"),
+    Model: _model,
+    ModelList: ModelList([_base_model, _model], "list"),
+    CompletionBody: {"model": "caesar-3", "prompt": "planet=", "max_tokens": 16, "logprobs": 2, "stop": ["\n"]},
+    TextCompletion: TextCompletion(
+        f"cmpl-{_HEX}", 1_904_000_000, "caesar-3", [TextChoice(0, "so", "stop", _shown)], _openai_usage
+    ),
+    ChatBody: {"model": "caesar-3", "messages": [{"role": "user", "content": "planet"}], "max_tokens": 16},
+    ChatCompletion: ChatCompletion(
+        f"chatcmpl-{_HEX}", 1_904_000_000, "caesar-3", [ChatChoice(0, ChatMessage("sodqhw"), "stop")], _openai_usage
+    ),
     WorkerList: WorkerList([WorkerShape(f"worker_{_HEX}", "active", "active", 64, 2, 5, {"steps": 1000})]),
 }
 EXAMPLES: dict[Any, Any] = {kind: msgspec.to_builtins(value) for kind, value in _values.items()}

@@ -47,7 +47,7 @@ async def create(request: Request, who: Caller = Depends(submits)) -> Response:
     limits, pool = who.services.settings.limits, who.services.settings.pool
 
     def act(conn: Connection) -> tuple[Created, Row[Any] | None]:
-        reader = JobReader(Defaults(), limits, lambda refs: resolve_refs(conn, who.tenant, refs), at_top)
+        reader = JobReader(Defaults(), limits, lambda refs: resolve_refs(conn, who.tenant.name, refs), at_top)
         # Lazily, as the key comes first: a replay is answered even where the adapter is gone by now.
         chunks = (reader.read_one(found) for _ in range(1))
         created = create_jobs(conn, who.tenant, pool, wanted, options, reader, chunks, num_sent=1)

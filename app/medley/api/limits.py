@@ -8,6 +8,7 @@ from medley.api.errors import Encoded, TooLarge, error_response
 from medley.config import Limits
 
 ADAPTERS_PATH = "/v1/adapters/"
+FILES_PATH = "/openai/v1/files"
 # The configuration beside an adapter's weights, and the multipart headers.
 UPLOAD_OVERHEAD_BYTES = 1 << 20
 
@@ -28,11 +29,11 @@ class BodyLimit:
         limit = self._limit(scope)
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-            await error_response(Encoded())(scope, receive, send)
+            await error_response(Encoded(), scope["path"])(scope, receive, send)
             return
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit), scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 
@@ -49,6 +50,8 @@ class BodyLimit:
     def _limit(self, scope: Scope) -> int:
         if scope["method"] == "PUT" and scope["path"].startswith(ADAPTERS_PATH):
             return self._limits.max_adapter_bytes + UPLOAD_OVERHEAD_BYTES
+        if scope["method"] == "POST" and scope["path"] == FILES_PATH:
+            return self._limits.max_file_bytes + UPLOAD_OVERHEAD_BYTES
         return self._limits.max_body_bytes
 
 

@@ -36,8 +36,11 @@ _REFUSALS = {
     409: "A name or an idempotency key is taken by something else.",
     413: "The body, or something in it, is over its limit.",
     415: "The body is compressed.",
+    416: "The range that is asked for is not in the file.",
     429: "Too many requests, or a quota is used up; try again after `Retry-After` seconds.",
+    500: "A job of the request failed for a fault of the service's own.",
     503: "The service cannot answer now; try again after `Retry-After` seconds.",
+    504: "The request's jobs did not end in time.",
 }
 
 router = APIRouter(include_in_schema=False)
@@ -57,9 +60,9 @@ class Parameter:
 class Operation:
     """One operation: what it takes and what it answers where all is well.
 
-    `answers`: status -> the type of its JSON, or None where there is no body. `body`: the type of its JSON.
+    `answers`: status -> the type of its JSON, or None where it has none. `body`: the type of its JSON.
     `other_bodies`, `other_answers`: media type -> what it holds. `refusals`: statuses it may answer beside those that
-    any operation may. is_open: it wants no key. creates: it takes an idempotency key.
+    any operation may, and `refusal` what they hold. is_open: it wants no key. creates: it takes an idempotency key.
     """
 
     method: str
@@ -71,6 +74,7 @@ class Operation:
     other_bodies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     other_answers: Mapping[str, str] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
+    refusal: Any = ErrorBody
     is_open: bool = False
     creates: bool = False
 
@@ -80,9 +84,7 @@ def document(
 ) -> dict[str, Any]:
     """The OpenAPI document. `paths`: what stands for each name in a path, and an example. `examples`: by type."""
     operations = list(operations)
-    types = {ErrorBody, *(op.body for op in operations), *(t for op in operations for t in op.answers.values())} - {
-        None
-    }
+    types = {kind for op in operations for kind in (op.refusal, op.body, *op.answers.values())} - {None}
     ordered = sorted(types, key=lambda kind: str(kind.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REF)
     writer = _Writer(dict(zip(ordered, schemas, strict=True)), paths, examples)
@@ -110,7 +112,7 @@ class _Writer:
     def operation(self, operation: Operation) -> dict[str, Any]:
         made: dict[str, Any] = {
             "operationId": _operation_id(operation),
-            "tags": [operation.path.removeprefix("/v1/").split("/")[0]],
+            "tags": [operation.path.removeprefix("/v1").split("/")[1]],
             "summary": operation.summary,
             "parameters": self._parameters(operation),
             "responses": self._responses(operation),
@@ -140,16 +142,17 @@ class _Writer:
         made: dict[str, Any] = {}
         for status, kind in operation.answers.items():
             made[str(status)] = {"description": "Done." if kind is None else (kind.__doc__ or "").split("\n")[0]}
-            if kind is not None:
-                content = {JSON: self._media(kind)}
-                content |= {
-                    media: {"schema": {"type": "string"}, "example": text}
-                    for media, text in operation.other_answers.items()
-                }
+            content = {} if kind is None else {JSON: self._media(kind)}
+            content |= {
+                media: {"schema": {"type": "string"}, "example": text}
+                for media, text in operation.other_answers.items()
+            }
+            if content:
                 made[str(status)]["content"] = content
         common = () if operation.is_open else (400, 401, 404, 413, 415, 429, 503)
         for status in sorted({*common, *operation.refusals}):
-            made.setdefault(str(status), {"description": _REFUSALS[status], "content": {JSON: self._media(ErrorBody)}})
+            content = {JSON: self._media(operation.refusal)}
+            made.setdefault(str(status), {"description": _REFUSALS[status], "content": content})
         return made
 
     def _media(self, kind: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ of bodies that endpoints decode part by part.
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,6 +18,12 @@ from medley.api.diffs import BASE, Diff
 from medley.api.grants import GrantBody
 from medley.api.job_bodies import At, Defaults, JobBody, Priority, SamplingFields, SingleJob
 from medley.api.keys import Key, KeyBody, RotationBody
+from medley.api.openai.batches import OpenAIBatchBody
+from medley.api.openai.bodies import ChatBody, CompletionBody
+from medley.api.openai.choices import ChatCompletion, TextCompletion
+from medley.api.openai.errors import OpenAIErrorBody
+from medley.api.openai.requests import CHAT, COMPLETIONS
+from medley.api.openai.shapes import Deleted, File, Model, OpenAIBatch
 from medley.api.openapi import Operation, Parameter
 from medley.api.reports import Report
 from medley.api.shapes import NDJSON, Adapter, AdapterGrant, Batch, BatchAdapter, Job, Result, Sweep
@@ -175,6 +182,33 @@ class DeliveryList(msgspec.Struct):
     deliveries: list[Delivery]
 
 
+class FilePage(msgspec.Struct):
+    """Files. `last_id`: what `after` is for the next page, where `has_more`."""
+
+    data: list[File]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: Literal["list"]
+
+
+class OpenAIBatchPage(msgspec.Struct):
+    """Batches, newest first. `last_id`: what `after` is for the next page, where `has_more`."""
+
+    data: list[OpenAIBatch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: Literal["list"]
+
+
+class ModelList(msgspec.Struct):
+    """The base, then each adapter that the caller may use, followed by its revisions."""
+
+    data: list[Model]
+    object: Literal["list"]
+
+
 class WorkerShape(msgspec.Struct):
     id: str
     state: str
@@ -200,6 +234,8 @@ PATH_PARAMETERS: dict[str, tuple[str, Any]] = {
     "tenant": ("The other tenant's name.", "globex"),
     "owner": ("The name of the tenant whose adapter it is.", "acme"),
     "webhook_id": (f"wh_ and {_ID}.", "wh_0193f5c2a1b47d3e8f6a5b4c3d2e1f00"),
+    "file_id": (f"file_ and {_ID}.", "file_0193f5c2a1b47d3e8f6a5b4c3d2e1f00"),
+    "model": ("The base model's name, or an adapter as jobs name it.", "caesar-3"),
     "key_id": ("mk_ and 16 hexadecimal digits: the key's public part.", "mk_0123456789abcdef"),
 }
 
@@ -559,6 +595,106 @@ _REST = [
     Operation(method="GET", path="/v1/tenant", summary="Whose key this is", answers={200: TenantName}),
     Operation(method="GET", path="/v1/workers", summary="List the pool's workers", answers={200: WorkerList}),
 ]
+_FILE_FORM: dict[str, Any] = {
+    "schema": {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"type": "string", "const": "batch"},
+            "expires_after[anchor]": {"type": "string", "const": "created_at"},
+            "expires_after[seconds]": {"type": "string", "pattern": "^[0-9]{4,7}$"},
+        },
+    },
+    "example": {"file": "the file's bytes", "purpose": "batch"},
+}
+_AFTER_FILE, _AFTER_BATCH = (
+    Parameter("after", "The id from which to go on, as `last_id` gave it.", _TEXT, f"{kind}_" + "0193f5c2a1b47d3e" * 2)
+    for kind in ("file", "batch")
+)
+_BYTES = {"application/octet-stream": '{"custom_id":"row-1","response":{"status_code":200}}\n'}
+_EVENTS = {"text/event-stream": 'data: {"object":"text_completion"}\n\ndata: [DONE]\n\n'}
+_OPENAI = [
+    Operation(
+        method="POST",
+        path="/openai/v1/files",
+        summary="Upload a file of requests, a line each",
+        other_bodies={"multipart/form-data": _FILE_FORM},
+        answers={200: File},
+        refusals=(409,),
+        creates=True,
+    ),
+    Operation(
+        method="GET",
+        path="/openai/v1/files",
+        summary="List files",
+        query=(
+            _AFTER_FILE,
+            _count(10_000, 10_000),
+            Parameter("order", "By the time of creation.", {"type": "string", "enum": ["asc", "desc"]}, "asc"),
+            Parameter("purpose", "Files of this purpose alone.", _TEXT, "batch_output"),
+        ),
+        answers={200: FilePage},
+    ),
+    Operation(method="GET", path="/openai/v1/files/{file_id}", summary="Read about a file", answers={200: File}),
+    Operation(
+        method="GET",
+        path="/openai/v1/files/{file_id}/content",
+        summary="Read a file's bytes, or with `Range` some of them",
+        answers={200: None, 206: None},
+        other_answers=_BYTES,
+        refusals=(416,),
+    ),
+    Operation(method="DELETE", path="/openai/v1/files/{file_id}", summary="Delete a file", answers={200: Deleted}),
+    Operation(
+        method="POST",
+        path="/openai/v1/batches",
+        summary="Run a file of requests as a batch",
+        body=OpenAIBatchBody,
+        answers={200: OpenAIBatch},
+        refusals=(409,),
+        creates=True,
+    ),
+    Operation(
+        method="GET",
+        path="/openai/v1/batches",
+        summary="List batches that were made from files",
+        query=(_AFTER_BATCH, _count(100, 20)),
+        answers={200: OpenAIBatchPage},
+    ),
+    Operation(
+        method="GET",
+        path="/openai/v1/batches/{batch_id}",
+        summary="Read a batch that was made from a file",
+        answers={200: OpenAIBatch},
+    ),
+    Operation(
+        method="POST",
+        path="/openai/v1/batches/{batch_id}/cancel",
+        summary="Cancel what has not ended of a batch",
+        answers={200: OpenAIBatch},
+        refusals=(409,),
+    ),
+    Operation(method="GET", path="/openai/v1/models", summary="List what a model may be", answers={200: ModelList}),
+    Operation(method="GET", path="/openai/v1/models/{model}", summary="Read about a model", answers={200: Model}),
+    *(
+        Operation(
+            method="POST",
+            path=f"/openai{path}",
+            summary=summary,
+            body=body,
+            answers={200: answer},
+            other_answers=_EVENTS,
+            refusals=(409, 500, 504),
+            creates=True,
+        )
+        for path, summary, body, answer in (
+            (COMPLETIONS, "Complete prompts, and wait for it", CompletionBody, TextCompletion),
+            (CHAT, "Answer a chat, and wait for it", ChatBody, ChatCompletion),
+        )
+    ),
+]
 OPERATIONS: tuple[Operation, ...] = (
     *_OPEN,
     *_JOBS,
@@ -568,4 +704,5 @@ OPERATIONS: tuple[Operation, ...] = (
     *_KEYS,
     *_WEBHOOKS,
     *_REST,
+    *(dataclasses.replace(operation, refusal=OpenAIErrorBody) for operation in _OPENAI),
 )

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from medley.api.auth import Authenticator
 from medley.api.job_reads import JobReads
+from medley.api.openai.requests import RequestReader
+from medley.api.openai.tokens import TokenTexts
 from medley.api.rates import RateLimiter
 from medley.api.sql import Sql
 from medley.api.waiters import WaiterHub
@@ -20,12 +22,12 @@ from medley.store import Store
 
 T = TypeVar("T")
 
-NUM_INTAKES = 4  # uploads that are judged and stored at once; the others wait, and hold no connection
+NUM_INTAKES = 4  # uploads and downloads that are at the store at once; the others wait, and hold no connection
 
 
 class Services:
-    """Connections, keys and rates of callers, reads of jobs, the waiter hub, the ringer, the adapter store and the
-    threads that fill it.
+    """Connections, keys and rates of callers, reads of jobs, the waiter hub, the ringer, the store and the threads
+    that work on it, and what is known of the base model.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -42,9 +44,12 @@ class Services:
         self.base: BaseModel | None = None
         if settings.model is not None:
             self.base = read_base_model(Path(settings.model), need_weights=False)
+        self.base_name = settings.base_name
+        self.requests = RequestReader.open(settings)
+        self.token_texts = TokenTexts.open(settings)
 
     async def take_in(self, work: Callable[[], T]) -> T:
-        """Work on an upload, which takes as long as a disk or a remote store does."""
+        """Work on an upload or at the store, which takes as long as a disk or a remote store does."""
         return await asyncio.get_running_loop().run_in_executor(self._intakes, work)
 
     def ring_pool(self) -> None:

@@ -265,6 +265,13 @@ def _score(row: Row[Any]) -> Score | msgspec.UnsetType:
     return msgspec.UNSET if row.is_greedy is None else Score(sum(row.logprobs), row.is_greedy)
 
 
+def details_of(row: Row[Any]) -> Details:
+    """From a row that was read with details."""
+    found = Details()
+    _add_details(found, row)
+    return found
+
+
 def _add_details(into: Details, row: Row[Any]) -> None:
     if row.top_token_ids is not None:
         num = len(row.token_ids or ())

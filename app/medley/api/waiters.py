@@ -67,6 +67,11 @@ class WaiterHub:
     def num_waiting(self) -> int:
         return sum(map(len, self._watches.values()))
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the process stops, and waiters are let go before their time."""
+        return self._is_closed
+
     def start(self) -> None:
         """Begins to listen and to look, in the running event loop."""
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._look())]

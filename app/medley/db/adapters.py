@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -103,6 +104,26 @@ def read_revisions(conn: Connection, adapter: UUID) -> Sequence[Row[Any]]:
     return conn.execute(text(statement), {"adapter": adapter}).all()
 
 
+def list_revisions(conn: Connection) -> Sequence[Row[Any]]:
+    """(name, revision_id, revised_at, quarantined_at) of every revision of the caller's, the newest of each adapter
+    first.
+    """
+    statement = (
+        "SELECT a.name, r.id AS revision_id, r.created_at AS revised_at, r.quarantined_at FROM adapters a"
+        " JOIN adapter_revisions r ON r.adapter_id = a.id AND r.forgotten_at IS NULL"
+        " WHERE a.tenant_id = (SELECT medley_tenant()) AND a.deleted_at IS NULL"
+        " ORDER BY a.name, r.uploaded_at DESC, r.id DESC"
+    )
+    return conn.execute(text(statement)).all()
+
+
+def read_made_at(conn: Connection, revision: UUID) -> datetime | None:
+    """When a revision that the caller may use was made; None where there is none."""
+    statement = text("SELECT created_at FROM adapter_revisions WHERE id = :id")
+    made_at: datetime | None = conn.execute(statement, {"id": revision}).scalar_one_or_none()
+    return made_at
+
+
 def resolve(conn: Connection, names: Sequence[str]) -> dict[str, Row[Any]]:
     """The newest revision of each adapter in `names` that the caller has; unknown names are left out."""
     statement = _LIST + " AND a.name = ANY(:names)"
@@ -140,19 +161,24 @@ def delete_adapter(conn: Connection, name: str) -> bool:
     return True
 
 
+def await_backups(conn: Connection) -> None:
+    """Waits for backups, which copy objects of rows that they have read before; none begins in this transaction."""
+    conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": FILES_LOCK})
+
+
 def hold_digest(conn: Connection, digest: str, *, exclusive: bool = False) -> None:
     """For the rest of this transaction the files of `digest` are not deleted; exclusive: nobody else relies on them.
 
-    So who writes a row that names files, and finds them there, finds them there later. Who deletes waits for a backup
-    too, which copies files of rows that it has read before.
+    So who writes a row that names files, and finds them there, finds them there later. Who deletes waits for backups
+    too.
     """
     if exclusive:
-        conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": FILES_LOCK})
+        await_backups(conn)
     function = "pg_advisory_xact_lock" if exclusive else "pg_advisory_xact_lock_shared"
     conn.execute(text(f"SELECT {function}(hashtextextended(:digest, 0))"), {"digest": digest})
 
 
-# Jobs that wait, run or are held, and cells that are to become jobs. `d` is what is asked about.
+# Jobs that wait, run or are held, and cells and lines that are to become jobs. `d` is what is asked about.
 _IN_USE = (
     "EXISTS (SELECT FROM demand WHERE revision_id = d.id AND num_queued > 0)"
     " OR EXISTS (SELECT FROM jobs j WHERE j.state = 'leased' AND j.revision_id = d.id)"
@@ -160,6 +186,8 @@ _IN_USE = (
     "  WHERE b.paused_at IS NOT NULL AND b.finished_at IS NULL AND j.revision_id = d.id AND j.state = 'queued')"
     " OR EXISTS (SELECT FROM sweep_columns c JOIN sweeps s ON s.id = c.sweep_id"
     "  WHERE s.expand_due_at IS NOT NULL AND c.revision_id = d.id)"
+    " OR EXISTS (SELECT FROM openai_batch_models m JOIN openai_batches o ON o.id = m.batch_id"
+    "  WHERE o.next_offset IS NOT NULL AND m.revision_id = d.id)"
 )
 # A request that found the adapter before it was deleted may commit jobs until the longest statement's end.
 _DEAD = (

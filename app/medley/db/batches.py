@@ -93,14 +93,16 @@ WITH made AS (
     FROM unnest(%(ids)b::uuid[], %(revisions)b::uuid[], %(est_tokens)b::int4[]) AS r(id, revision, est_tokens)
 )
 INSERT INTO job_inputs (job_id, tenant_id, batch_id, custom_id, adapter, prompt, prompt_token_ids, prompt_idx,
-    column_idx, seed, sampling, retry_of, continuation, continuation_token_ids, sample_idx)
+    column_idx, seed, sampling, retry_of, continuation, continuation_token_ids, sample_idx, is_templated, answer)
 SELECT r.id, %(tenant)s, %(batch)s, r.custom_id, r.adapter, r.prompt, r.token_ids::int4[], r.prompt_idx,
-    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of, r.continuation, r.continuation_ids::int4[], r.sample_idx
+    r.column_idx, r.seed, r.sampling::jsonb, r.retry_of, r.continuation, r.continuation_ids::int4[], r.sample_idx,
+    r.is_templated, r.answer::jsonb
 FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(prompts)b::text[], %(token_ids)b::text[],
     %(prompt_idx)b::int4[], %(column_idx)b::int4[], %(seeds)b::int8[], %(samplings)b::text[], %(retries)b::uuid[],
-    %(continuations)b::text[], %(continuation_ids)b::text[], %(sample_idx)b::int4[])
+    %(continuations)b::text[], %(continuation_ids)b::text[], %(sample_idx)b::int4[], %(templated)b::bool[],
+    %(answers)b::text[])
     AS r(id, custom_id, adapter, prompt, token_ids, prompt_idx, column_idx, seed, sampling, retry_of,
-        continuation, continuation_ids, sample_idx)
+        continuation, continuation_ids, sample_idx, is_templated, answer)
 """
 
 
@@ -126,6 +128,8 @@ class JobColumns:
     continuations: Sequence[str | None] | None = None
     continuation_token_ids: Sequence[Sequence[int] | None] | None = None
     sample_idx: Sequence[int | None] | None = None
+    templated: Sequence[bool | None] | None = None  # the prompt holds its special tokens: the worker adds none
+    answers: Sequence[str | None] | None = None  # JSON: what an OpenAI answer shows of the result
 
     def __len__(self) -> int:
         return len(self.max_tokens)
@@ -165,9 +169,14 @@ def append_jobs(
     return ids
 
 
-def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False) -> list[UUID]:
-    """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order."""
-    ids = uuid7s(len(jobs), after=batch.id)
+def append_columns(
+    conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_held: bool = False, after: UUID | None = None
+) -> list[UUID]:
+    """Writes `jobs` without their demand, which `add_batch_demand` adds. Returns their ids, in order.
+
+    after: a job of the batch that they are to follow, whichever process has made it.
+    """
+    ids = uuid7s(len(jobs), after=after or batch.id)
     conn.exec_driver_sql(
         _INSERT,
         {
@@ -193,6 +202,8 @@ def append_columns(conn: Connection, batch: NewBatch, jobs: JobColumns, *, is_he
             "continuations": _whole(jobs.continuations),
             "continuation_ids": _arrays(jobs.continuation_token_ids),
             "sample_idx": _whole(jobs.sample_idx),
+            "templated": _whole(jobs.templated),
+            "answers": _whole(jobs.answers),
         },
     )
     return ids
@@ -264,6 +275,13 @@ def _estimates(jobs: JobColumns) -> list[int]:
         (est if est is not None else len(ids) if ids is not None else len(prompt or "") // 4 + 1) + 2 * max_tokens
         for est, ids, prompt, max_tokens in rows
     ]
+
+
+def deadline_in(conn: Connection, seconds: float) -> datetime:
+    """The time that is `seconds` from now on the database's clock."""
+    statement = text("SELECT clock_timestamp() + make_interval(secs => :seconds)")
+    deadline: datetime = conn.execute(statement, {"seconds": float(seconds)}).scalar_one()
+    return deadline
 
 
 def close_batch(conn: Connection, batch: UUID, total: int) -> None:
@@ -405,6 +423,41 @@ def read_results(
     if not with_details:
         return conn.execute(_READ_PLAIN, parameters).all()
     return conn.execute(_READ_DETAILED, parameters | {"max_bytes": MAX_DETAIL_BYTES}).all()
+
+
+_ANSWERS = (
+    "SELECT i.job_id AS id, i.custom_id, i.adapter, i.sample_idx, i.answer, i.prompt, i.prompt_token_ids AS given_ids,"
+    " r.state, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message, r.prompt_tokens,"
+    f" r.completion_tokens, j.finished_at, {_DETAILS}{_DETAIL_BYTES.replace('r.seq', 'i.job_id')}"
+    " FROM job_inputs i JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
+    " JOIN jobs j ON j.id = i.job_id"
+    " WHERE i.batch_id = :batch AND i.job_id > :after AND i.job_id >= :oldest ORDER BY i.job_id LIMIT :limit"
+)
+_READ_ANSWERS = text(
+    f"SELECT * FROM (SELECT *, row_number() OVER (ORDER BY id) AS place FROM ({_ANSWERS}) found) page"
+    " WHERE num_bytes <= :max_bytes OR place = 1 ORDER BY id"
+)
+
+
+def read_answers(conn: Connection, batch: UUID, *, after: UUID | None, limit: int) -> Sequence[Row[Any]]:
+    """Results of a batch as OpenAI's answers show them, in the order in which the jobs were made.
+
+    after: the last job of the page before. Fewer than `limit` where what jobs asked for is large; none at the end.
+    """
+    oldest = oldest_after(batch)
+    parameters = {"batch": batch, "after": after or oldest, "oldest": oldest, "limit": limit}
+    return conn.execute(_READ_ANSWERS, parameters | {"max_bytes": MAX_DETAIL_BYTES}).all()
+
+
+def read_last_job(conn: Connection, batch: UUID) -> UUID | None:
+    """The newest job of a batch."""
+    statement = (
+        "SELECT job_id FROM job_inputs WHERE batch_id = :batch AND job_id >= :oldest ORDER BY job_id DESC LIMIT 1"
+    )
+    last: UUID | None = conn.execute(
+        text(statement), {"batch": batch, "oldest": oldest_after(batch)}
+    ).scalar_one_or_none()
+    return last
 
 
 def read_job_ids(conn: Connection, batch: UUID, limit: int) -> list[UUID]:

@@ -78,7 +78,7 @@ def revoke_grants(conn: Connection, adapter: UUID, grantee: str, revision: UUID 
 # Every granted revision, the newest (the last uploaded) of an adapter first.
 _SHARED = (
     "SELECT DISTINCT g.owner, a.name, a.created_at, r.id AS revision_id, r.digest, r.max_rank, r.num_tiles,"
-    " r.size_bytes, r.quarantined_at, r.uploaded_at"
+    " r.size_bytes, r.created_at AS revised_at, r.quarantined_at, r.uploaded_at"
     " FROM adapter_grants g JOIN adapters a ON a.id = g.adapter_id AND a.deleted_at IS NULL"
     " JOIN adapter_revisions r ON r.adapter_id = a.id AND r.forgotten_at IS NULL"
     "  AND (g.revision_id IS NULL OR g.revision_id = r.id)"
@@ -102,6 +102,11 @@ def read_shared(conn: Connection, adapters: Sequence[tuple[str, str]]) -> dict[t
     for row in rows:
         found.setdefault((row.owner, row.name), []).append(row)
     return found
+
+
+def list_shared_revisions(conn: Connection) -> Sequence[Row[Any]]:
+    """Every revision of others' adapters that the caller may use, by owner and name, the newest first."""
+    return conn.execute(text(_SHARED + _NEWEST_FIRST)).all()
 
 
 def list_shared(conn: Connection, *, after: tuple[str, str] = ("", ""), limit: int = 10_000) -> Sequence[Row[Any]]:

@@ -36,13 +36,14 @@ class Assigned(msgspec.Struct, frozen=True, gc=False):
     is_quarantined: bool  # its adapter revision is: it must not run
     is_revoked: bool = False  # its adapter revision is another tenant's, who does not share it: it must not run
     continuation: Continuation | None = None
+    is_templated: bool = False  # the prompt holds its special tokens: none are added
 
 
 # One JSON document of rows that decode as they are: a Python object a column costs more than the query.
 _FETCH = """
 SELECT coalesce(json_agg(f), '[]')::text FROM (
     SELECT j.id AS job, j.attempt, j.tenant_id AS tenant, j.revision_id AS revision, a.digest, j.priority, j.step_limit,
-        a.quarantined_at IS NOT NULL AS is_quarantined,
+        a.quarantined_at IS NOT NULL AS is_quarantined, coalesce(i.is_templated, false) AS is_templated,
         coalesce(a.tenant_id <> j.tenant_id AND NOT medley_may_use(j.tenant_id, a.id), false) AS is_revoked,
         coalesce(i.prompt, p.prompt) AS prompt,
         coalesce(i.prompt_token_ids, p.prompt_token_ids) AS prompt_token_ids,

@@ -2,7 +2,7 @@
 
 Knows no tenants: a partition goes when no job of its day is left in `jobs`, and `medley.db.retention` says which are.
 What has no partition of its day is in the default one and works there; `make` moves it. Made and dropped by functions
-of the database that run as the owner, since `medley_work` may not (see migration 0002).
+of the database that run as the owner, since `medley_work` may not (see migration 0005).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The queue's use stands in a row a tenant (`tenant_usage`) that whoever makes or ends jobs changes in the same
 transaction, after every other row, so that concurrent writers cannot deadlock and no two creates see the same room.
-Adapters and their bytes are counted when one is added, under that row's lock.
+Adapters, and the bytes of adapters and files, are counted when one is added, under that row's lock.
 """
 
 from __future__ import annotations
@@ -72,6 +72,17 @@ def reserve(conn: Connection, tenant: UUID, quotas: Quotas, batch: UUID, *, num_
     _check("queued_bytes", quotas.queued_bytes, used.queued_bytes - num_bytes, num_bytes)
 
 
+def give_back(conn: Connection, tenant: UUID, *, num_jobs: int, num_bytes: int) -> None:
+    """Counts no longer what was reserved for jobs that will never be made. The last of the transaction's writes."""
+    conn.execute(
+        text(
+            "UPDATE tenant_usage SET queued_jobs = queued_jobs - :num_jobs, queued_bytes = queued_bytes - :num_bytes"
+            " WHERE tenant_id = :tenant"
+        ),
+        {"tenant": tenant, "num_jobs": num_jobs, "num_bytes": num_bytes},
+    )
+
+
 def check_queue_room(conn: Connection, tenant: UUID, quotas: Quotas, *, num_jobs: int) -> None:
     """Refuses early what has no room now. Raises QuotaExceeded. `reserve` has the last word."""
     row = conn.execute(
@@ -93,11 +104,11 @@ def lock_usage(conn: Connection, tenant: UUID) -> None:
     )
 
 
-# Files of deleted adapters and of older revisions are stored too.
+# Files of deleted adapters and of older revisions are stored too, and deleted files until their bytes are gone.
 _STORED = (
     "(SELECT count(*) FROM adapters a WHERE a.tenant_id = :tenant AND a.deleted_at IS NULL) AS adapters,"
     " (SELECT coalesce(sum(size_bytes), 0)::bigint FROM adapter_revisions r WHERE r.tenant_id = :tenant)"
-    " AS storage_bytes"
+    " + (SELECT coalesce(sum(size_bytes), 0)::bigint FROM files f WHERE f.tenant_id = :tenant) AS storage_bytes"
 )
 
 
@@ -119,6 +130,12 @@ def check_adapter_room(
     ).one()
     _check("adapters", quotas.adapters, used.adapters, 0 if used.is_there else 1)
     _check("storage_bytes", quotas.storage_bytes, used.storage_bytes, 0 if used.is_stored else num_bytes)
+
+
+def check_file_room(conn: Connection, tenant: UUID, quotas: Quotas, *, num_bytes: int) -> None:
+    """Whether a file fits beside what is stored. Exact after `lock_usage`. Raises QuotaExceeded."""
+    used = conn.execute(text(f"SELECT {_STORED}"), {"tenant": tenant}).one()
+    _check("storage_bytes", quotas.storage_bytes, used.storage_bytes, num_bytes)
 
 
 def read_use(conn: Connection, tenant: UUID) -> Use:

@@ -1,7 +1,7 @@
 """Retention: how long a tenant's ended batches are kept, and how they go.
 
 A batch is kept for its tenant's `retention_days` after its end, with its jobs, inputs, results and sweep; what has
-not ended is kept. Past that time the API sees none of it (policies of migration 0002), and here it goes: jobs and the
+not ended is kept. Past that time the API sees none of it (policies of migration 0005), and here it goes: jobs and the
 batch by rows; inputs and results with the partition of their day where that goes within a day, else by rows too.
 
 The one place where a table is registered: one that goes with its batch in `WITH_BATCH`, one whose rows age by
@@ -41,6 +41,8 @@ WITH_BATCH = (
     Goes("batch_failures", "batch_id"),
     Goes("webhooks", "batch_id"),
     Goes("sweep_parts", "sweep_id"),
+    Goes("openai_batch_models", "batch_id"),
+    Goes("openai_batches", "id"),
     Goes("sweep_columns", "sweep_id"),
     Goes("sweep_prompts", "sweep_id"),
     Goes("sweeps", "id"),
@@ -58,6 +60,7 @@ KEPT = {
     "adapter_grants": "until one of the two tenants is deleted",
     "adapters": "until the tenant is deleted",
     "adapter_revisions": "until the tenant is deleted",
+    "files": "until they expire, at the latest after the tenant's days; they go with their bytes (`medley.db.files`)",
     "batches": "goes last, after all that names it",
     "jobs": "go by id, with their batch",
     "job_inputs": "in partitions",

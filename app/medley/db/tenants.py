@@ -87,6 +87,11 @@ def ensure_tenant(conn: Connection, name: str, *, weight: float = 1.0) -> tuple[
     return existing.id, False
 
 
+def read_name(conn: Connection, tenant: UUID) -> str:
+    name: str = conn.execute(text("SELECT name FROM tenants WHERE id = :id"), {"id": tenant}).scalar_one()
+    return name
+
+
 def find_tenant(conn: Connection, name: str) -> UUID | None:
     found: UUID | None = conn.execute(text("SELECT id FROM tenants WHERE name = :name"), {"name": name}).scalar()
     return found

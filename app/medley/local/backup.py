@@ -2,7 +2,7 @@
 
     manifest.json     written last: what the rest is, so that a backup that was cut is not taken for whole
     database.dump     pg_dump's custom format, by one snapshot
-    store/            the adapter store, without what was being written
+    store/            the store of adapters and files, without what was being written
 
 In a folder, or as a tar of the same. Redis holds nothing that is worth a copy. It knows no rows: what a snapshot is,
 and what is to be done with a database that comes out of one, is `medley.db.recovery`'s.

@@ -167,6 +167,7 @@ def _environment(spec: ProcessSpec, profile: str | None) -> dict[str, str]:
         return env | {f"{role.upper()}_PASSWORD_FILE": f"{_SECRETS}/{name}" for role, name in others.items()}
     env |= {key: "${" + key + ":-}" for key in _STORE_KEYS}
     env["MEDLEY_MODEL"] = _MODEL
+    env["MEDLEY_MODEL_NAME"] = "${MEDLEY_MODEL_NAME:-}"
     if spec.health is Health.BEAT:
         env["MEDLEY_HEALTH_FILE"] = _BEAT
     if spec.serves_port:

@@ -14,7 +14,7 @@ from uuid import UUID
 CLOCKS_APART_S = 24 * 3600
 
 JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER = "job", "batch", "sweep", "adapter", "rev", "worker"
-GRANT, WEBHOOK, MESSAGE = "grant", "wh", "msg"
+GRANT, WEBHOOK, MESSAGE, FILE = "grant", "wh", "msg", "file"
 
 _TAIL = (1 << 62) - 1  # the random bits of an id
 

@@ -12,9 +12,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
 from medley.db import erasure
-from medley.db.adapters import hold_digest, is_digest_used
+from medley.db.adapters import await_backups, hold_digest, is_digest_used
 from medley.db.connections import transaction
 from medley.db.erasure import Certificate
+from medley.db.files import object_prefix
 from medley.store import Store
 
 CHUNK = 5_000  # jobs a transaction
@@ -115,3 +116,7 @@ def _delete_files(engine: Engine, store: Store, tenant: UUID) -> None:
             if not is_shared:
                 store.delete(digest)
             erasure.note_files(conn, tenant, digest, is_shared=is_shared)
+    for key in list(store.objects.keys(object_prefix(tenant))):
+        with transaction(engine) as conn:
+            await_backups(conn)
+            store.objects.delete(key)

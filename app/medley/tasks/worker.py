@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from uuid import UUID
 
 import celery.worker.state
@@ -16,30 +17,38 @@ from celery import Celery
 from sqlalchemy import Engine
 from sqlalchemy.exc import InternalError, OperationalError
 
+from medley.api.openai.requests import RequestReader
+from medley.api.openai.tokens import TokenTexts
 from medley.celery_app import TASKS_QUEUE, make_celery, make_worker
 from medley.config import Settings
 from medley.db.connections import make_engine
 from medley.db.erasure import NotErasable
 from medley.health import beat
 from medley.objects import StoreError
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Ringer
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
 from medley.store import Store
 from medley.tasks import deliver
 from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
+from medley.tasks.finalize import Finalizer
 from medley.tasks.maintain import maintain
+from medley.tasks.openai_batches import OpenAIBatches
 from medley.tasks.orphans import Orphans
+from medley.tasks.validate import Validator
 
 NUM_THREADS = 2  # a long expansion beside short ones
+# Each on a thread of its own: a look runs what it finds, and a long one keeps no other waiting.
+LOOKS = ("sweeps", "openai", "webhooks")
 LOOK_S = 1.0
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Runs tasks until SIGTERM or SIGINT; a sweep stops after its present chunk. Exits with status 1 on a crash."""
+    """Runs tasks until SIGTERM or SIGINT; each stops after its present chunk. Exits with status 1 on a crash."""
     store = Store.open(settings.store_url)
-    engine = make_engine(settings.database_url, name="tasks", pool_size=NUM_THREADS + deliver.NUM_THREADS + 1)
+    num_connections = NUM_THREADS + len(LOOKS) + deliver.NUM_THREADS
+    engine = make_engine(settings.database_url, name="tasks", pool_size=num_connections)
     ringer = Ringer(settings.redis_url)
     expander = Expander(
         engine,
@@ -49,10 +58,12 @@ def run(settings: Settings) -> None:
         should_stop=_is_stopping,
     )
     deliverer = Deliverer(engine, allow_loopback=settings.webhook_loopback, should_stop=_is_stopping)
+    openai_batches = _openai_batches(settings, engine, store, ringer)
     threading.excepthook = _end_on_crash
-    threading.Thread(target=_look, args=(expander, deliverer, settings), name="look", daemon=True).start()
+    for name, look in zip(LOOKS, (expander.look, openai_batches.look, deliverer.look), strict=True):
+        threading.Thread(target=_look, args=(look, settings), name=f"look-{name}", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, deliverer, engine, store)
+    _add_tasks(app, expander, openai_batches, deliverer, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
     deliverer.close()
@@ -62,10 +73,46 @@ def run(settings: Settings) -> None:
         raise SystemExit(worker.exitcode)
 
 
-def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: Engine, store: Store) -> None:
+def _openai_batches(settings: Settings, engine: Engine, store: Store, ringer: Ringer) -> OpenAIBatches:
+    def on_chunk() -> None:
+        beat(settings.health_file)
+
+    validator = Validator(
+        engine,
+        store.objects,
+        ringer,
+        RequestReader.open(settings),
+        settings,
+        on_chunk=on_chunk,
+        should_stop=_is_stopping,
+    )
+    finalizer = Finalizer(
+        engine,
+        store.objects,
+        ringer,
+        TokenTexts.open(settings),
+        settings.base_name,
+        on_chunk=on_chunk,
+        should_stop=_is_stopping,
+    )
+    return OpenAIBatches(engine, settings.pool, validator, finalizer, should_stop=_is_stopping)
+
+
+def _add_tasks(
+    app: Celery,
+    expander: Expander,
+    openai_batches: OpenAIBatches,
+    deliverer: Deliverer,
+    engine: Engine,
+    store: Store,
+) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
         expander.expand(UUID(hex=sweep))
+
+    @app.task(name=OPENAI_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def run_openai_batch(batch: str) -> None:
+        openai_batches.run(UUID(hex=batch))
 
     @app.task(name=DELIVER_TASK, shared=False)  # type: ignore[untyped-decorator]
     def send_event(delivery: str) -> None:
@@ -89,12 +136,11 @@ def _add_tasks(app: Celery, expander: Expander, deliverer: Deliverer, engine: En
             is_maintaining.release()
 
 
-def _look(expander: Expander, deliverer: Deliverer, settings: Settings) -> None:
+def _look(look: Callable[[], None], settings: Settings) -> None:
     while not _is_stopping():
         beat(settings.health_file)
         try:
-            deliverer.look()
-            expander.look()
+            look()
         except (OperationalError, InternalError) as error:
             log.warning("look.failed", error=type(error.orig).__name__)
         time.sleep(LOOK_S)

@@ -120,7 +120,10 @@ class Preparation:
 
         Left out are jobs whose adapter is on its way to this machine.
         """
-        tokens = self._tokens([job for job in assigned if job.prompt_token_ids is None and job.continuation is None])
+        texts = [job for job in assigned if job.prompt_token_ids is None and job.continuation is None]
+        # A chat template writes special tokens itself: those of the tokenizer would stand there twice.
+        tokens = self._tokens([job for job in texts if not job.is_templated], add_special_tokens=True)
+        tokens |= self._tokens([job for job in texts if job.is_templated], add_special_tokens=False)
         jobs: list[Held] = []
         failures: list[Result] = []
         for job in assigned:
@@ -148,14 +151,16 @@ class Preparation:
                 jobs.append(Held(ready.key, ready, job.step_limit))
         return jobs, failures
 
-    def _tokens(self, jobs: Sequence[Assigned]) -> dict[UUID, tuple[int, ...]]:
+    def _tokens(self, jobs: Sequence[Assigned], *, add_special_tokens: bool) -> dict[UUID, tuple[int, ...]]:
         """The tokens of each prompt; those that the tokenizer refuses are left out, found by halves."""
+        prompts = [job.prompt or "" for job in jobs]
         try:
-            encoded = self._codec.encode([job.prompt or "" for job in jobs])
+            encoded = self._codec.encode(prompts, add_special_tokens=add_special_tokens)
         except Exception as error:  # the Rust binding raises plain Exception
             if len(jobs) > 1:
                 middle = len(jobs) // 2
-                return self._tokens(jobs[:middle]) | self._tokens(jobs[middle:])
+                first = self._tokens(jobs[:middle], add_special_tokens=add_special_tokens)
+                return first | self._tokens(jobs[middle:], add_special_tokens=add_special_tokens)
             # Without the error's text, which may quote the prompt.
             log.error("prompt.unreadable", job=jobs[0].job.hex, error=type(error).__name__)
             return {}

@@ -33,11 +33,12 @@ class TextCodec:
         except Exception as error:  # the Rust binding raises plain Exception
             raise TokenizerMissing(f"cannot read {path}: {error}; a worker needs the model's tokenizer.json") from error
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt, with the special tokens that the tokenizer adds by itself."""
+    def encode(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each prompt, with the special tokens that the tokenizer adds by itself, or without."""
         if not prompts:
             return []
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(prompts))]
+        encodings = self.tokenizer.encode_batch_fast(list(prompts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
 
     def encode_pair(
         self, prompt: str | Sequence[int], continuation: str | Sequence[int]

@@ -81,6 +81,8 @@ job_inputs = Table(
     Column("continuation", Text),
     Column("continuation_token_ids", ARRAY(Integer)),
     Column("sample_idx", Integer),
+    Column("is_templated", Boolean),
+    Column("answer", JSONB),
     Index("job_inputs_batch_id", "batch_id", "job_id"),
     postgresql_partition_by="RANGE (job_id)",
 )

@@ -2,14 +2,14 @@
 
 All columns are null in the rows of jobs that do not ask for them, where they take no room.
 
-Revision ID: 0005
+Revision ID: 0004
 """
 
 from __future__ import annotations
 
 from alembic import op
 
-revision = "0005"
+revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None

@@ -8,7 +8,7 @@ Partitions lie in a schema of their own that neither `medley_api` nor `medley_wo
 through the parent, under its policies. `medley_work` makes and drops partitions, and erases a tenant's rows, by
 functions that run as the owner and each do that one thing.
 
-Revision ID: 0007
+Revision ID: 0005
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from alembic import op
 from sqlalchemy import text
 
-revision = "0007"
-down_revision = "0005"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 

@@ -1,14 +1,14 @@
 """What batches say of themselves and can be told: counts by lane, usage, retries, sweeps in parts, webhooks.
 
-Revision ID: 0009
+Revision ID: 0007
 """
 
 from __future__ import annotations
 
 from alembic import op
 
-revision = "0009"
-down_revision = "0008"
+revision = "0007"
+down_revision = "0006"
 branch_labels = None
 depends_on = None
 
