@@ -160,13 +160,18 @@ def append_jobs(
         sample_idx=[j.sample_idx for j in jobs],
     )
     ids = append_columns(conn, batch, columns, is_held=is_held)
-    names = {j.revision: j.adapter for j in jobs}
-    lanes = [Lane(revision, names[revision], num) for revision, num in Counter(j.revision for j in jobs).items()]
+    lanes = lanes_of(columns)
     if not are_counted:
         add_lanes(conn, batch.id, batch.tenant, lanes)
     if not is_held:
         _add_demand(conn, batch, lanes)
     return ids
+
+
+def lanes_of(jobs: JobColumns) -> list[Lane]:
+    """What `jobs` add to the lanes of their batch."""
+    names = dict(zip(jobs.revisions, jobs.adapters, strict=True))
+    return [Lane(revision, names[revision], num) for revision, num in Counter(jobs.revisions).items()]
 
 
 def append_columns(

@@ -113,10 +113,13 @@ def retry(conn: Connection, batch: UUID, wanted: Wanted) -> Retried:
     row = conn.execute(
         text(
             "SELECT tenant_id, pool, priority, paused_at, finished_at, cancel_requested_at,"
-            " coalesce(deadline_at <= clock_timestamp(), false) AS is_late FROM batches WHERE id = :id"
+            " coalesce(deadline_at <= clock_timestamp(), false) AS is_late,"
+            " EXISTS (SELECT FROM openai_batches WHERE id = :id) AS is_openai FROM batches WHERE id = :id"
         ),
         {"id": batch},
     ).one()
+    if row.is_openai:
+        raise NotRetried("its files are written once, at its end; upload the lines of its error file again")
     if row.cancel_requested_at is not None and row.finished_at is None:
         raise NotRetried("it is being cancelled; retry once what runs has stopped")
     if row.is_late:

@@ -7,7 +7,6 @@ the place in the file up to which they have, so one that is cut goes on there. K
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,11 @@ from medley.api.openai.requests import Request, RequestReader, job_columns
 from medley.api.openai.shapes import BatchError
 from medley.config import Settings
 from medley.db import openai_batches
-from medley.db.batches import NewBatch, add_batch_demand, append_columns, read_last_job
+from medley.db.batches import NewBatch, add_batch_demand, append_columns, lanes_of, read_last_job
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.files import read_object_key
+from medley.db.lanes import add_lanes
 from medley.db.quotas import QuotaExceeded, read_quotas, reserve
 from medley.db.tenants import read_name
 from medley.objects import ObjectMissing, Objects
@@ -215,8 +215,10 @@ class Validator:
         columns = job_columns(requests, self._base_name)
         is_held = row.paused_at is not None
         ids = append_columns(conn, batch, columns, is_held=is_held, after=read_last_job(conn, row.id))
-        if not is_held:
-            add_batch_demand(conn, batch, Counter(columns.revisions))
+        if is_held:
+            add_lanes(conn, row.id, row.tenant_id, lanes_of(columns))
+        else:
+            add_batch_demand(conn, batch, lanes_of(columns))
         made = list(zip(ids, columns.revisions, strict=True))
         for end, barred in (
             (End.quarantined(), {m.revision_id for m in models if m.is_quarantined}),

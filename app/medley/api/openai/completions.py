@@ -33,6 +33,7 @@ from medley.db.batches import (
     add_batch_demand,
     append_columns,
     deadline_in,
+    lanes_of,
     open_batch,
     read_answers,
 )
@@ -120,10 +121,11 @@ def _make(conn: Connection, who: Caller, create: Create, wanted: ModelRequest) -
         raise ModelNotFound(wanted.model, base_name, resolved.wanted)
     deadline_at = deadline_in(conn, settings.completion_wait_s + LINGER_S)
     # Somebody waits: before what waits in batches.
-    batch = NewBatch(id_, who.tenant.id, settings.pool, priority=HIGH, deadline_at=deadline_at)
+    batch = NewBatch(id_, who.tenant.id, settings.pool, priority=HIGH, deadline_at=deadline_at, is_single=True)
     open_batch(conn, batch, total=wanted.num_jobs)
-    append_columns(conn, batch, job_columns([(wanted, None, resolved.revision)], base_name))
-    add_batch_demand(conn, batch, {resolved.revision: wanted.num_jobs})
+    columns = job_columns([(wanted, None, resolved.revision)], base_name)
+    append_columns(conn, batch, columns)
+    add_batch_demand(conn, batch, lanes_of(columns))
     reserve(conn, who.tenant.id, who.tenant.quotas, id_, num_jobs=wanted.num_jobs, num_bytes=wanted.num_bytes)
     return _Made(id_, wanted.num_jobs, create.key is not None), False
 
