@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# Where this is set, each of the hundreds of processes that the tests start compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup check test test-gpu demo bench bench-gpu bench-simulate compose clean
 
 VENV := .venv
