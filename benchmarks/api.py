@@ -42,6 +42,7 @@ PROMPT = "abcdefghijklmnop" * 4
 DEFAULTS = '{"max_tokens":32,"ignore_eos":true}'
 BLOCK_LINES = 10_000
 PAGE = 10_000
+IDLE_S = 3.0  # a connection that is idle for longer is not used again: the server ends it after 5
 NDJSON = {"Content-Type": "application/x-ndjson"}
 NULL_ENGINE = {"MEDLEY_FORWARD": "null", "MEDLEY_MAX_NUM_SEQS": "256"}
 UNLIMITED = {"MEDLEY_QUOTA_REQUESTS_PER_S": "1000000"}  # of one tenant
@@ -181,21 +182,24 @@ class Connections:
         self._at = httpx.URL(access.url)
         lines = (f"{name}: {value}\r\n" for name, value in (access.headers | {"Host": self._at.host}).items())
         self._head = "".join(lines)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []  # since when; newest last
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for _, writer in self._idle:
+        for *_, writer in self._idle:
             writer.close()
 
     async def get(self, path: str) -> bytes:
         """The body of a 200."""
-        while self._idle and self._idle[-1][0].at_eof():  # the server ends what is idle for long
-            self._idle.pop()[1].close()
-        pair = self._idle.pop() if self._idle else await asyncio.open_connection(self._at.host, self._at.port)
-        reader, writer = pair
+        now = time.monotonic()
+        if self._idle and now - self._idle[-1][0] < IDLE_S:
+            _, reader, writer = self._idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection(self._at.host, self._at.port)
+        while self._idle and now - self._idle[0][0] >= IDLE_S:
+            self._idle.pop(0)[2].close()
         writer.write(f"GET {path} HTTP/1.1\r\n{self._head}\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         status, _, fields = head.decode().partition("\r\n")
@@ -205,7 +209,7 @@ class Connections:
             int(v) for n, _, v in (f.partition(":") for f in fields.split("\r\n")) if n.lower() == "content-length"
         )
         body = await reader.readexactly(length)
-        self._idle.append(pair)
+        self._idle.append((time.monotonic(), reader, writer))
         return body
 
 

@@ -70,7 +70,6 @@ def run(settings: Settings) -> None:
         pool_size=1,
         lock_timeout_ms=LOCK_TIMEOUT_MS,
         idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS,
-        pings=False,
     )
     ringer = Ringer(settings.redis_url)
     bell = Bell(settings.redis_url, pool_channel(settings.pool))

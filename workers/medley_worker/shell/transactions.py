@@ -37,7 +37,7 @@ class Transactions:
 
     def __init__(self, url: str, *, num_threads: int) -> None:
         self._engine = make_engine(
-            url, name="worker", pool_size=num_threads, idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS, pings=False
+            url, name="worker", pool_size=num_threads, idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS
         )
 
     def run(self, work: Callable[[Connection], T]) -> T:
