@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import Connection, CursorResult, Row, text
+from sqlalchemy import Connection, CursorResult, Row, TextClause, text
 
 from medley.db.demand import add_demand, array_literal, lane_of
 from medley.db.lanes import Lane, add_lanes
@@ -338,9 +338,12 @@ class _Select:
 
     def __init__(self, head: str) -> None:
         self._head = head
+        self._made: dict[str, TextClause] = {}
 
-    def format_where(self, where: str) -> Any:
-        return text(f"{self._head} WHERE {where}")
+    def format_where(self, where: str) -> TextClause:
+        if where not in self._made:
+            self._made[where] = text(f"{self._head} WHERE {where}")
+        return self._made[where]
 
 
 _READ_BATCHES = _Select(

@@ -97,6 +97,9 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+_BIND = "SELECT set_config('medley.tenant', %(tenant)s, true), set_config('plan_cache_mode', %(mode)s, true)"
+
+
 @contextmanager
 def tenant_transaction(engine: Engine, tenant: UUID, *, keeps_plans: bool = False) -> Iterator[Connection]:
     """One transaction that sees and writes the rows of `tenant` alone (row-level security).
@@ -106,8 +109,5 @@ def tenant_transaction(engine: Engine, tenant: UUID, *, keeps_plans: bool = Fals
     """
     mode = "force_generic_plan" if keeps_plans else "auto"
     with engine.begin() as connection:
-        connection.execute(
-            text("SELECT set_config('medley.tenant', :tenant, true), set_config('plan_cache_mode', :mode, true)"),
-            {"tenant": str(tenant), "mode": mode},
-        )
+        connection.exec_driver_sql(_BIND, {"tenant": str(tenant), "mode": mode})
         yield connection
