@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Self
+from typing import Any
 
 from api_server import Api
+from background import Background
 from sqlalchemy import text
 
 from medley.db.sweeps import read_unexpanded
 from medley.spec.ids import BATCH, public_id
 from medley.tasks.expand import Expander
 
-LOOK_S = 0.02
 
-
-class Working:
+class Working(Background):
     """Within the block every job that is queued ends soon, as `fields` say (text, state, error, ...)."""
 
     def __init__(self, api: Api, **fields: Any) -> None:
+        super().__init__(self._work)
         self._api = api
         self._fields = fields
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="working")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.wait(LOOK_S):
-                expand(self._api)
-                self._finish_queued()
-        except BaseException as error:  # shown by the thread that waits
-            self._error = error
+    def _work(self) -> None:
+        expand(self._api)
+        self._finish_queued()
 
     def _finish_queued(self) -> None:
         statement = text("SELECT DISTINCT batch_id FROM jobs WHERE pool = :pool AND state = 'queued' AND NOT is_held")

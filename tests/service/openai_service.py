@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 import openai
 from api_server import Api
+from background import LOOK_S, Background
 from sqlalchemy import text
 
 from medley.api.openai.requests import RequestReader
@@ -20,7 +20,6 @@ from medley.tasks.finalize import Finalizer
 from medley.tasks.openai_batches import OpenAIBatches
 from medley.tasks.validate import Validator
 
-LOOK_S = 0.02
 WAIT_S = 30.0
 
 
@@ -59,34 +58,18 @@ def make_tasks(api: Api) -> OpenAIBatches:
     return OpenAIBatches(engine, settings.pool, validator, finalizer)
 
 
-class Serving:
+class Serving(Background):
     """Within the block batches are stepped, and every queued job ends soon, as `fields` say (text, state, ...)."""
 
     def __init__(self, api: Api, **fields: Any) -> None:
+        super().__init__(self._serve)
         self._api = api
         self._fields = fields
         self._tasks = make_tasks(api)
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="serving")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.wait(LOOK_S):
-                self._tasks.look()
-                finish_queued(self._api, **self._fields)
-        except BaseException as error:  # shown by the thread that waits
-            self._error = error
+    def _serve(self) -> None:
+        self._tasks.look()
+        finish_queued(self._api, **self._fields)
 
 
 def finish_queued(api: Api, **fields: Any) -> None:

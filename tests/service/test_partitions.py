@@ -242,9 +242,8 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
     made = [run_aged(own, tenant, days, [None, own.add_revision(tenant, f"a{days}")]) for days in (50, 3, 0)]
     ahead = run_aged(own, tenant, -20)
 
-    # Columns that came later are null in these rows.
     def content(conn: Connection) -> list[Any]:
-        """Without the column that is later than the version it goes down to."""
+        """Without columns that are later than the version it goes down to: they are null in these rows."""
         return [
             conn.execute(text(f"SELECT jsonb_strip_nulls(to_jsonb(x)) FROM {table} x ORDER BY x.job_id"))
             .scalars()

@@ -366,24 +366,18 @@ def _batch_state(row: Row[Any]) -> str:
 
 def adapter_of(row: Row[Any], tenant_name: str) -> Adapter:
     """From a row of `adapters.read_adapter`."""
-    return Adapter(
-        name=row.name,
-        full_name=f"{tenant_name}/{row.name}",
-        revision=public_id(REVISION, row.revision_id),
-        digest=row.digest,
-        max_rank=row.max_rank,
-        size_bytes=row.size_bytes,
-        created_at=row.created_at,
-        state="ready" if row.quarantined_at is None else "quarantined",
-        num_revisions=row.num_revisions,
-    )
+    return _adapter(row, tenant_name, row.num_revisions)
 
 
 def shared_adapter_of(row: Row[Any], num_revisions: int) -> Adapter:
     """From a row of `grants.read_shared`."""
+    return _adapter(row, row.owner, num_revisions)
+
+
+def _adapter(row: Row[Any], owner: str, num_revisions: int) -> Adapter:
     return Adapter(
         name=row.name,
-        full_name=f"{row.owner}/{row.name}",
+        full_name=f"{owner}/{row.name}",
         revision=public_id(REVISION, row.revision_id),
         digest=row.digest,
         max_rank=row.max_rank,

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from medley.cli.service import MANY_RETRIES, Session, sampling_options, service_command
+from medley.client.sweeps import Sweep
 from medley.client.types import SweepReport
 from medley.spec.paired import DiffColumn
 from medley.spec.statistics import ReportColumn
@@ -81,11 +82,7 @@ def run(session: Session, name: str, prompts: Path | None, patterns: Sequence[st
             seeds=seeds,
             **options["sampling"],
         )
-        if not options["wait"]:
-            session.show(handle.status, handle.id)
-            return
-        handle.wait(progress=True)
-        show_report(session, handle.report())
+        _follow(session, handle, wait=options["wait"])
 
 
 @sweep.command()
@@ -109,11 +106,7 @@ def extend(session: Session, name: str, prompts: Path | None, patterns: Sequence
             include_base=options["include_base"],
             seeds=seeds,
         )
-        if not options["wait"]:
-            session.show(handle.status, handle.id)
-            return
-        handle.wait(progress=True)
-        show_report(session, handle.report())
+        _follow(session, handle, wait=options["wait"])
 
 
 @sweep.command()
@@ -171,6 +164,15 @@ def _read_prompts(path: Path) -> list[str | dict[str, Any]]:
             except msgspec.DecodeError as error:
                 raise click.BadParameter(f"line {number} of {path.name}: {error}", param_hint="PROMPTS") from error
     return rows
+
+
+def _follow(session: Session, handle: Sweep, *, wait: bool) -> None:
+    """Show the sweep's end and report, or with `wait` False how it stands."""
+    if not wait:
+        session.show(handle.status, handle.id)
+        return
+    handle.wait(progress=True)
+    show_report(session, handle.report())
 
 
 def show_report(session: Session, report: SweepReport) -> None:

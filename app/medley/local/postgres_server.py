@@ -33,7 +33,7 @@ DISCREET = {
     "log_statement": "none",
 }
 # The jobs of a lane lie scattered over their tables; where these do not fit, each claim reads most pages anew
-# (measured over 760,000 jobs: a quarter fewer jobs/s with PostgreSQL's own 128 MB). Taken as they are used.
+# (measured over 760,000 jobs: a tenth fewer jobs/s with PostgreSQL's own 128 MB). Taken as they are used.
 SHARED_BUFFERS_MB = 1024
 _LOCAL_ROLES = ("medley_owner", "medley_api", "medley_work")
 # How long a postmaster of a killed supervisor may take to end.
