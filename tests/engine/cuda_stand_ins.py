@@ -200,6 +200,11 @@ def flashinfer() -> ModuleType:
     return stand_in
 
 
+def logits(_: object, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    y = torch.mm(x, weight).to(torch.float32)
+    return y if out is None else out.copy_(y)
+
+
 class Event:
     def record(self) -> None: ...
 
@@ -216,6 +221,7 @@ def cuda_forward(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda *_: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     for name in LOADED_WITH_CUDA:
         sys.modules.pop(name, None)
@@ -228,6 +234,7 @@ def cuda_forward(
     for module in (forward, backend):
         monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
     monkeypatch.setattr(backend, "sgmv_apply", sgmv_apply)
+    monkeypatch.setattr(backend.CudaBackend, "logits", logits)
     monkeypatch.setattr(forward, "greedy", greedy)
     monkeypatch.setattr(forward, "DecodeGraphs", Graphs)
     monkeypatch.setattr(attention, "check_supported", lambda *_: None)

@@ -20,7 +20,7 @@ from medley_worker.ops.backend import new_backend
 class LayerWeights:
     """One layer, in the model's dtype. D: head size, n: query and key heads.
 
-    Linear weights are [in, out]; on CUDA these are views of [out, in] memory, which cuBLAS reads as fast.
+    Linear weights are [in, out], in the order in which the device reads them best (models/loading.py).
     """
 
     input_norm: Tensor  # [H]
@@ -100,8 +100,7 @@ class Decoder:
                 return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         x = ops.add_rms_norm(x, residual, weights.final_norm)
-        logits = ops.linear(x, weights.lm_head)
-        return logits.to(torch.float32) if out is None else out.copy_(logits)
+        return ops.logits(x, weights.lm_head, out)
 
     def _attention(
         self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch, kv: KVCache, rope: tuple[Tensor, ...]

@@ -12,10 +12,10 @@ import torch
 from medley_worker.ops.build import library
 
 MAX_SITES, MAX_TILES = 3, 16
-MODES = {"fused": 0, "planes": 1, "bulk": 2, "joined": 3}
+MODES = {"ring": 0, "bulk": 1}
 HEADER = 8  # numbers before a group's items
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_ABI = 2
+_ABI = 3
 _ERROR_BYTES = 512
 
 # MedleyItem of csrc/medley.h.
@@ -66,8 +66,6 @@ class Call(ctypes.Structure):
         ("pdl", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
-        ("flags", c_void_p),
-        ("flags_bytes", c_int64),
     )
 
 
@@ -85,8 +83,6 @@ class Kernels:
         self._sgmv.argtypes = (POINTER(Group), POINTER(Call), c_void_p, *error)
         self._workspace = handle.medley_sgmv_workspace
         self._workspace.argtypes, self._workspace.restype = (POINTER(Group), c_int32, c_int32, c_int32), c_int64
-        self._flags = handle.medley_sgmv_flags
-        self._flags.argtypes, self._flags.restype = (c_int32, c_int32), c_int64
         self._room = handle.medley_sgmv_room
         self._room.argtypes = (POINTER(Group), c_int32, c_int32, POINTER(c_int32), POINTER(c_int32), *error)
         self._greedy = handle.medley_greedy
@@ -109,9 +105,6 @@ class Kernels:
 
     def workspace_bytes(self, group: Group, max_items: int, block_rows: int, mode: int) -> int:
         return int(self._workspace(byref(group), max_items, block_rows, mode))
-
-    def flags_bytes(self, max_items: int, mode: int) -> int:
-        return int(self._flags(max_items, mode))
 
     def room(self, group: Group, block_rows: int, mode: int) -> tuple[int, int]:
         """(Parts of items that the current device works on at once, column blocks that a part should hold)."""
