@@ -432,16 +432,12 @@ def test_a_shared_adapter_is_a_model_until_its_owner_takes_it_back(api: Api) -> 
     api.ledger.check()
 
 
-def test_its_jobs_are_counted_by_adapter_and_retried_by_a_new_file_alone(api: Api) -> None:
+def test_its_jobs_are_counted_by_adapter(api: Api) -> None:
     assert api.upload("add").status_code == 201
     client = client_of(api)
     lines = [completion_line(str(i), ("model", "add")[i % 2], n=1 + i % 2) for i in range(4)]
     batch = create(client, lines)
     with Serving(api, text="done"):
         wait_for(client, batch.id, "completed")
-    native = api.as_tenant()
-    found = native.get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
+    found = api.as_tenant().get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
     assert {a["adapter"]: a["counts"]["succeeded"] for a in found} == {None: 2, "add": 4}
-    refused = native.post(f"/v1/batches/{batch.id}/retry", json={})
-    assert refused.status_code == 409
-    assert "upload the lines of its error file again" in refused.text

@@ -444,16 +444,30 @@ def _named_tuple(names: tuple[str, ...]) -> Callable[[Row[Any]], Any]:
     return cast(Callable[[Row[Any]], Any], kind._make)
 
 
+# A page of first attempts, each followed to the latest by what superseded it; nothing larger than ids goes that way.
+# LIMIT keeps each step a look by id: joined, all results of a day might be read for a page.
 _ANSWERS = (
-    "SELECT i.job_id AS id, i.custom_id, i.adapter, i.sample_idx, i.answer, i.prompt, i.prompt_token_ids AS given_ids,"
-    " r.state, r.text, r.token_ids, r.logprobs, r.finish_reason, r.error_code, r.error_message, r.prompt_tokens,"
-    f" r.completion_tokens, j.finished_at, {_DETAILS}{_DETAIL_BYTES.replace('r.seq', 'i.job_id')}"
-    " FROM job_inputs i JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
-    " JOIN jobs j ON j.id = i.job_id"
-    " WHERE i.batch_id = :batch AND i.job_id > :after AND i.job_id >= :oldest ORDER BY i.job_id LIMIT :limit"
+    "WITH RECURSIVE firsts AS (SELECT job_id FROM job_inputs WHERE batch_id = :batch AND job_id > :after"
+    "  AND job_id >= :oldest AND retry_of IS NULL ORDER BY job_id LIMIT :limit"
+    " ), attempts AS ("
+    "  SELECT f.job_id AS id, r.job_id, r.retried_by, 0 AS earlier_prompt_tokens, 0 AS earlier_completion_tokens,"
+    "   r.prompt_tokens, r.completion_tokens"
+    "  FROM firsts f JOIN job_results r ON r.job_id = f.job_id AND r.job_id >= :oldest"
+    "  UNION ALL SELECT a.id, r.job_id, r.retried_by, a.earlier_prompt_tokens + a.prompt_tokens,"
+    "   a.earlier_completion_tokens + a.completion_tokens, r.prompt_tokens, r.completion_tokens"
+    "  FROM attempts a CROSS JOIN LATERAL (SELECT * FROM job_results r WHERE r.job_id = a.retried_by"
+    "   AND r.job_id >= :oldest LIMIT 1) r WHERE a.retried_by IS NOT NULL"
+    " ), found AS ("
+    "  SELECT a.id, a.earlier_prompt_tokens, a.earlier_completion_tokens, i.custom_id, i.adapter, i.sample_idx,"
+    "   i.answer, i.prompt, i.prompt_token_ids AS given_ids, r.state, r.text, r.token_ids, r.logprobs,"
+    "   r.finish_reason, r.error_code, r.error_message, r.prompt_tokens, r.completion_tokens, j.finished_at,"
+    f"  {_DETAILS}{_DETAIL_BYTES.replace('r.seq', 'a.id')}"
+    "  FROM attempts a JOIN job_inputs i ON i.job_id = a.id AND i.job_id >= :oldest"
+    "  JOIN job_results r ON r.job_id = a.job_id AND r.job_id >= :oldest JOIN jobs j ON j.id = a.job_id"
+    "  WHERE a.retried_by IS NULL)"
 )
 _READ_ANSWERS = text(
-    f"SELECT * FROM (SELECT *, row_number() OVER (ORDER BY id) AS place FROM ({_ANSWERS}) found) page"
+    f"{_ANSWERS} SELECT * FROM (SELECT *, row_number() OVER (ORDER BY id) AS place FROM found) page"
     " WHERE num_bytes <= :max_bytes OR place = 1 ORDER BY id"
 )
 
@@ -461,7 +475,9 @@ _READ_ANSWERS = text(
 def read_answers(conn: Connection, batch: UUID, *, after: UUID | None, limit: int) -> Sequence[Row[Any]]:
     """Results of a batch as OpenAI's answers show them, in the order in which the jobs were made.
 
-    after: the last job of the page before. Fewer than `limit` where what jobs asked for is large; none at the end.
+    Of a job that was retried the latest result, under the id of the job that was made first; `earlier_*` are the tokens
+    that the others took. after: the last job of the page before. Fewer than `limit` where what jobs asked for is large;
+    none at the end.
     """
     oldest = oldest_after(batch)
     parameters = {"batch": batch, "after": after or oldest, "oldest": oldest, "limit": limit}

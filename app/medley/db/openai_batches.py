@@ -1,13 +1,15 @@
 """OpenAI batches: the row beside a native batch that holds its file, its state and when its next step is due.
 
 A step is taken by moving `due_at` on, and renewed while it works: a task that dies is followed by another once the
-time has passed. Two that work at once do no harm, since each write looks at the state that it starts from.
+time has passed. Two that work at once do no harm, since each write looks at the state that it starts from. A retry
+takes a batch back from its end: what may come twice, its finalization, is known by when it began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -74,12 +76,12 @@ _COUNT = text(
     "  SELECT count(*) AS num_jobs, count(r.job_id) AS num_ended,"
     "   count(*) FILTER (WHERE r.state = 'succeeded') AS num_succeeded"
     "  FROM job_inputs i LEFT JOIN job_results r ON r.job_id = i.job_id AND r.job_id >= :oldest"
-    "  WHERE i.batch_id = :id AND i.job_id >= :oldest GROUP BY i.custom_id) q"
+    "  WHERE i.batch_id = :id AND i.job_id >= :oldest AND r.retried_by IS NULL GROUP BY i.custom_id) q"
 )
 
 
 def count_requests(conn: Connection, batch: UUID) -> tuple[int, int]:
-    """(completed, failed) requests of a batch whose requests are several jobs each."""
+    """(completed, failed) requests of a batch whose requests are several jobs each, by their latest attempts."""
     row = conn.execute(_COUNT, {"id": batch, "oldest": oldest_after(batch)}).one()
     return row.num_completed, row.num_failed
 
@@ -95,14 +97,20 @@ def hasten_step(conn: Connection, batch: UUID) -> None:
 
 def begin_finalizing(conn: Connection, pool: str) -> int:
     """Lets the files be written of each batch of the pool whose jobs have all ended. Returns how many there were."""
-    return conn.execute(
-        text(
-            "UPDATE openai_batches o SET state = 'finalizing', finalizing_at = clock_timestamp(),"
-            " due_at = clock_timestamp() FROM batches b WHERE b.id = o.id AND b.finished_at IS NOT NULL"
-            " AND b.pool = :pool AND o.state = 'in_progress' AND o.due_at IS NULL"
-        ),
-        {"pool": pool},
-    ).rowcount
+    which = (
+        "o.state = 'in_progress' AND o.due_at IS NULL AND b.id = o.id AND b.pool = :pool AND b.finished_at IS NOT NULL"
+    )
+    found = conn.execute(text(f"SELECT o.id FROM openai_batches o, batches b WHERE {which}"), {"pool": pool})
+    ended = list(found.scalars())
+    if not ended:
+        return 0
+    # A retry that is being committed has the batch locked: after it, the batch has not finished.
+    lock_batches(conn, ended)
+    begin = (
+        "UPDATE openai_batches o SET state = 'finalizing', finalizing_at = clock_timestamp(),"
+        f" due_at = clock_timestamp() FROM batches b WHERE {which} AND o.id = ANY(:ids)"
+    )
+    return conn.execute(text(begin), {"pool": pool, "ids": ended}).rowcount
 
 
 def read_due(conn: Connection, pool: str) -> list[UUID]:
@@ -128,15 +136,19 @@ def take_step(conn: Connection, batch: UUID, pool: str) -> Row[Any] | None:
     return None if taken is None else read_openai_batch(conn, batch)
 
 
-def renew_step(conn: Connection, batch: UUID, state: str) -> bool:
-    """Keeps a step. False where the batch has left `state` or is cancelled: then the task leaves it."""
+def renew_step(conn: Connection, batch: UUID, state: str, *, began_at: datetime | None = None) -> bool:
+    """Keeps a step. False where the batch has left `state` or is cancelled: then the task leaves it.
+
+    began_at: of a finalization, `finalizing_at` as it was when the step was taken; after a retry it is another.
+    """
     kept = conn.execute(
         text(
             "UPDATE openai_batches o SET due_at = clock_timestamp() + make_interval(secs => :taken_s)"
             " FROM batches b WHERE o.id = :id AND b.id = o.id AND o.state = :state"
-            " AND (o.state = 'finalizing' OR b.cancel_requested_at IS NULL) RETURNING o.id"
+            " AND CASE WHEN o.state = 'finalizing' THEN o.finalizing_at = :began_at"
+            "  ELSE b.cancel_requested_at IS NULL END RETURNING o.id"
         ),
-        {"id": batch, "state": state, "taken_s": TAKEN_S},
+        {"id": batch, "state": state, "began_at": began_at, "taken_s": TAKEN_S},
     ).one_or_none()
     return kept is not None
 
@@ -215,7 +227,8 @@ def advance(conn: Connection, batch: UUID, next_offset: int | None) -> None:
 
 _STOP = text(
     "WITH was AS (SELECT b.id, b.total, b.queued_bytes, b.succeeded + b.failed + b.cancelled + b.expired AS num_ended,"
-    "  (SELECT count(*) FROM job_inputs i WHERE i.batch_id = b.id AND i.job_id >= :oldest) AS num_made"
+    "  (SELECT count(*) FROM job_inputs i WHERE i.batch_id = b.id AND i.job_id >= :oldest AND i.retry_of IS NULL)"
+    "  AS num_made"
     "  FROM batches b WHERE b.id = :id)"
     " UPDATE batches b SET total = was.num_made,"
     "  finished_at = CASE WHEN was.num_ended = was.num_made THEN clock_timestamp() END,"
@@ -263,8 +276,11 @@ class Outcome:
     error_file: UUID | None
 
 
-def end_finalized(conn: Connection, batch: UUID, found: Outcome) -> str | None:
-    """The end of a batch whose files are stored; returns its state. None where another task was first."""
+def end_finalized(conn: Connection, batch: UUID, found: Outcome, *, began_at: datetime) -> str | None:
+    """The end of a batch whose files are stored; returns its state. None where another task was first.
+
+    began_at: `finalizing_at` as it was when the results were read. After a retry they are not the latest.
+    """
     state: str | None = conn.execute(
         text(
             "UPDATE openai_batches o SET state = CASE WHEN b.cancel_requested_at IS NOT NULL THEN 'cancelled'"
@@ -272,10 +288,12 @@ def end_finalized(conn: Connection, batch: UUID, found: Outcome) -> str | None:
             " ended_at = clock_timestamp(), due_at = NULL, num_completed = :num_completed, num_failed = :num_failed,"
             " input_tokens = :input_tokens, output_tokens = :output_tokens, output_file_id = :output_file,"
             " error_file_id = :error_file FROM batches b"
-            " WHERE o.id = :id AND b.id = o.id AND o.state = 'finalizing' RETURNING o.state"
+            " WHERE o.id = :id AND b.id = o.id AND o.state = 'finalizing' AND o.finalizing_at = :began_at"
+            " RETURNING o.state"
         ),
         {
             "id": batch,
+            "began_at": began_at,
             "num_completed": found.num_completed,
             "num_failed": found.num_failed,
             "input_tokens": found.input_tokens,
@@ -285,3 +303,19 @@ def end_finalized(conn: Connection, batch: UUID, found: Outcome) -> str | None:
         },
     ).scalar_one_or_none()
     return state
+
+
+def reopen(conn: Connection, batch: UUID) -> int:
+    """Takes a batch back in progress, some of whose jobs are made again in this transaction. The batch is locked.
+
+    It names no files until it ends again; those that it named stay as they are. Returns their bytes.
+    """
+    statement = (
+        "WITH was AS (SELECT o.id, (SELECT coalesce(sum(f.size_bytes), 0)::bigint FROM files f"
+        "  WHERE f.id IN (o.output_file_id, o.error_file_id)) AS num_bytes FROM openai_batches o WHERE o.id = :id)"
+        " UPDATE openai_batches o SET state = 'in_progress', due_at = NULL, finalizing_at = NULL, ended_at = NULL,"
+        " num_completed = NULL, num_failed = NULL, output_file_id = NULL, error_file_id = NULL FROM was"
+        " WHERE o.id = was.id AND o.state NOT IN ('validating', 'in_progress') RETURNING was.num_bytes"
+    )
+    num_bytes: int | None = conn.execute(text(statement), {"id": batch}).scalar_one_or_none()
+    return num_bytes or 0

@@ -95,6 +95,13 @@ def usage_of(rows: Sequence[Row[Any]]) -> CompletionUsage:
     return CompletionUsage(prompt, completion, prompt + completion)
 
 
+def usage_before(rows: Sequence[Row[Any]]) -> CompletionUsage:
+    """The tokens of what a retry has superseded, counted in the same way."""
+    prompt = sum(row.earlier_prompt_tokens for row in rows if not row.sample_idx)
+    completion = sum(row.earlier_completion_tokens for row in rows)
+    return CompletionUsage(prompt, completion, prompt + completion)
+
+
 def completion_of(
     endpoint: str, rows: Sequence[Row[Any]], base_name: str, texts: TokenTexts
 ) -> TextCompletion | ChatCompletion:
