@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from sqlalchemy import text
 from medley.config import Limits
 from medley.db import openai_batches
 from medley.db.flags import expire_queued
+from medley.objects import StoreUnavailable
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import JobState
 
@@ -227,24 +229,73 @@ def test_a_cancel_before_validation_ends_the_batch_without_jobs(api: Api) -> Non
     api.ledger.check()
 
 
-def test_a_cancel_while_lines_become_jobs_leaves_no_more_of_them(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_while_lines_become_jobs_ends_the_others_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 2)
     client = client_of(api)
     batch = create(client, [completion_line(str(i)) for i in range(6)])
     tasks = make_tasks(api)
 
     def cancel_once() -> None:
-        if client.batches.retrieve(batch.id).status == "in_progress":
+        found = client.batches.retrieve(batch.id)
+        if found.status == "in_progress":
+            api.finish(batch.id, 1)
             client.batches.cancel(batch.id)
 
     tasks._validator._on_chunk = cancel_once
     tasks.look()
     tasks.look()
     ended = client.batches.retrieve(batch.id)
-    assert ended.status == "cancelled"
-    assert api.as_tenant().get(f"/v1/batches/{batch.id}").json()["counts"]["cancelled"] == 2
-    assert len(read_lines(client, ended.error_file_id)) == 2
-    api.ledger.check()
+    assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("cancelled", 1, 5)
+    assert [line["custom_id"] for line in read_lines(client, ended.output_file_id)] == ["0"]
+    assert [line["custom_id"] for line in read_lines(client, ended.error_file_id)] == ["1", "2", "3", "4", "5"]
+    assert api.as_tenant().get(f"/v1/batches/{batch.id}").json()["counts"]["cancelled"] == 5
+    assert api.as_tenant().get("/v1/limits").json()["quotas"]["queued_jobs"]["used"] == 0
+    api.ledger.recount()
+
+
+def test_a_batch_paused_while_lines_become_jobs_is_counted_by_adapter_from_the_first(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 3)
+    client, native = client_of(api), api.as_tenant()
+    assert api.upload("add").status_code == 201
+    revision = native.get("/v1/adapters/add").json()["revision"]
+    models = ("model", "add", f"add@{revision}")
+    batch = create(client, [completion_line(str(i), models[i % 3], n=1 + i % 3) for i in range(9)])
+    tasks = make_tasks(api)
+
+    def lanes() -> dict[str | None, tuple[int, int]]:
+        shown = native.get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
+        return {a["adapter"]: (a["counts"]["total"], a["counts"]["queued_or_running"]) for a in shown}
+
+    seen: list[Any] = []
+
+    def pause() -> None:
+        """After the first lines are jobs, some of which have run."""
+        if client.batches.retrieve(batch.id).status != "in_progress":
+            return
+        if not seen:
+            api.finish(batch.id, 2)
+            assert native.post(f"/v1/batches/{batch.id}/pause").status_code == 200
+        seen.append(lanes())
+        api.ledger.recount()
+
+    tasks._validator._on_chunk = pause
+    tasks.look()
+    assert len(seen) > 2, "it was paused in the middle"
+    assert all({name: total for name, (total, _) in found.items()} == {None: 3, "add": 15} for found in seen)
+    assert seen[0] == seen[-1] == lanes()
+    assert sum(left for _, left in lanes().values()) == 16
+    assert api.finish(batch.id) == [], "what was made while it was paused is held"
+    assert not any(api.ledger.demand().values())
+    assert native.post(f"/v1/batches/{batch.id}/resume").status_code == 200
+    assert sum(api.ledger.demand().values()) == 16
+    api.ledger.recount()
+    with Serving(api, text="done"):
+        ended = wait_for(client, batch.id, "completed")
+    assert ended.request_counts.completed == 9
+    assert lanes() == {None: (3, 0), "add": (15, 0)}
+    api.ledger.recount()
 
 
 def test_a_batch_whose_window_closes_is_expired_and_keeps_what_has_finished(api: Api) -> None:
@@ -441,3 +492,99 @@ def test_its_jobs_are_counted_by_adapter(api: Api) -> None:
         wait_for(client, batch.id, "completed")
     found = api.as_tenant().get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
     assert {a["adapter"]: a["counts"]["succeeded"] for a in found} == {None: 2, "add": 4}
+
+
+class Losing:
+    """A batch of six lines whose input is lost once two are jobs."""
+
+    def __init__(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 2)
+        self.api, self.client, self.tasks = api, client_of(api), make_tasks(api)
+        self.validator = self.tasks._validator
+        self.objects = self.validator._objects
+        file = upload(self.client, [completion_line(str(i)) for i in range(6)])
+        self.key = f"files/{api.tenant_id(api._tenant).hex}/{uuid_of(file).hex}"
+        with self.objects.open_read(self.key) as source:
+            self.data = source.read()
+        options: Any = {"endpoint": "/v1/completions", "completion_window": "24h"}
+        self.id = self.client.batches.create(input_file_id=file, **options).id
+        chunks: list[None] = []
+        self.validator._on_chunk = lambda: chunks.append(None)
+        # One chunk while judging, one of jobs.
+        self.tasks._should_stop = self.validator._should_stop = lambda: len(chunks) == 2
+        self.tasks.run(uuid_of(self.id))
+        self.tasks = make_tasks(api)
+        self.objects.delete(self.key)
+
+    def retrieve(self) -> Any:
+        return self.client.batches.retrieve(self.id)
+
+    def look(self, *, after_s: float = 0.0) -> Any:
+        """The batch after the next step, `after_s` seconds later."""
+        ago = (
+            "UPDATE openai_batches SET due_at = clock_timestamp(),"
+            " input_lost_at = input_lost_at - make_interval(secs => :s) WHERE id = :id AND due_at IS NOT NULL"
+        )
+        with self.api.ledger.working() as conn:
+            conn.execute(text(ago), {"id": uuid_of(self.id), "s": after_s})
+        self.tasks.look()
+        return self.retrieve()
+
+
+def test_a_batch_whose_input_is_away_for_a_while_goes_on(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    losing = Losing(api, monkeypatch)
+    assert losing.look().status == "in_progress"
+    assert losing.look(after_s=600).status == "in_progress"
+    losing.objects.put(losing.key, io.BytesIO(losing.data))
+    losing.look(after_s=10_000)
+    finish_queued(api)
+    ended = losing.look()
+    assert (ended.status, ended.request_counts.completed, ended.errors) == ("completed", 6, None)
+    api.ledger.recount()
+
+
+def test_a_batch_whose_input_is_lost_fails_with_what_it_has_done(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    losing = Losing(api, monkeypatch)
+    finish_queued(api, text="done")
+    losing.look()
+    assert losing.look(after_s=800).status == "in_progress"
+    losing.look(after_s=200)
+    ended = losing.look()
+    counts = ended.request_counts
+    assert (ended.status, counts.total, counts.completed, counts.failed) == ("failed", 6, 2, 4)
+    assert ended.failed_at is not None
+    assert [(error.code, error.line) for error in ended.errors.data] == [("file_not_found", None)]
+    assert [line["custom_id"] for line in read_lines(losing.client, ended.output_file_id)] == ["0", "1"]
+    native = api.as_tenant()
+    shown = native.get(f"/v1/batches/{losing.id}").json()
+    assert (shown["state"], shown["counts"]["total"]) == ("finished", 2)
+    used = native.get("/v1/limits").json()["quotas"]
+    assert (used["queued_jobs"]["used"], used["queued_bytes"]["used"]) == (0, 0)
+    api.ledger.recount()
+
+
+@pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
+def test_a_lost_input_is_not_waited_for_once_the_batch_is_over(
+    api: Api, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    losing = Losing(api, monkeypatch)
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("the store does not answer")
+
+    monkeypatch.setattr(type(losing.objects), "open_read", away)
+    assert losing.look().status == "in_progress"
+    assert losing.look(after_s=100_000).status == "in_progress", "a store that is away may come back"
+    if ended_by == "cancel":
+        losing.client.batches.cancel(losing.id)
+    else:
+        finish_queued(api)
+        with api.ledger.working() as conn:
+            late = "UPDATE batches SET deadline_at = clock_timestamp() WHERE id = :id"
+            conn.execute(text(late), {"id": uuid_of(losing.id)})
+    losing.look()
+    ended = losing.look()
+    assert ended.status == ("cancelled" if ended_by == "cancel" else "failed")
+    assert [error.code for error in ended.errors.data] == ["file_unreadable"]
+    assert ended.request_counts.completed + ended.request_counts.failed == 6
+    api.ledger.recount()

@@ -264,7 +264,7 @@ def test_a_retry_while_lines_become_jobs_adds_to_them(api: Api, monkeypatch: pyt
     api.ledger.recount()
 
 
-def test_a_cancel_after_a_retry_in_mid_expansion_counts_the_lines_that_are_jobs(
+def test_lines_that_were_no_jobs_yet_when_the_batch_was_cancelled_can_be_retried(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 2)
@@ -281,9 +281,14 @@ def test_a_cancel_after_a_retry_in_mid_expansion_counts_the_lines_that_are_jobs(
     tasks._validator._on_chunk = retry_and_cancel
     tasks.look()
     tasks.look()
-    assert client.batches.retrieve(batch.id).status == "cancelled"
-    native = api.as_tenant().get(f"/v1/batches/{batch.id}").json()["counts"]
-    assert (native["total"], native["cancelled"], native["retried"]) == (2, 2, 2)
+    ended = client.batches.retrieve(batch.id)
+    assert (ended.status, counts_of(ended)) == ("cancelled", (6, 0, 6))
+    api.ledger.recount()
+    tasks._validator._on_chunk = lambda: None
+    assert retried(api, batch.id, states=["cancelled"])["counts"]["retried"] == 2 + 6
+    with Serving(api, text="done"):
+        ended = wait_for(client, batch.id, "completed")
+    assert [line["custom_id"] for line in read_lines(client, ended.output_file_id)] == [str(i) for i in range(6)]
     api.ledger.recount()
 
 

@@ -165,7 +165,7 @@ def append_jobs(
     if not are_counted:
         add_lanes(conn, batch.id, batch.tenant, lanes)
     if not is_held:
-        _add_demand(conn, batch, lanes)
+        add_lane_demand(conn, batch, lanes)
     return ids
 
 
@@ -218,10 +218,11 @@ def append_columns(
 def add_batch_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
     """Adds jobs to the batch's lanes and to the demand, whose rows stay locked until the commit: call it last."""
     add_lanes(conn, batch.id, batch.tenant, lanes)
-    _add_demand(conn, batch, lanes)
+    add_lane_demand(conn, batch, lanes)
 
 
-def _add_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
+def add_lane_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
+    """Adds jobs that the batch's lanes have counted already to the demand, as the last of a transaction's writes."""
     shared = _shared(conn, batch.tenant, (lane.revision for lane in lanes))
     changes = [
         (

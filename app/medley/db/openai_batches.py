@@ -16,6 +16,8 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from medley.db.batches import lock_batches
+from medley.db.connections import allow_minutes
+from medley.db.lanes import Lane, add_lanes
 from medley.db.quotas import give_back
 from medley.spec.ids import oldest_after
 
@@ -164,13 +166,15 @@ def begin_jobs(
     batch: UUID,
     *,
     num_requests: int,
-    num_jobs: int,
     models: Mapping[str, UUID | None],
+    lanes: Sequence[Lane],
 ) -> bool:
     """The input is valid: from here on its lines become jobs. False where it was not validating any more.
 
-    models: each model that the lines name, and the revision that it means (None: the base).
+    models: each model that the lines name, and the revision that it means (None: the base). lanes: what the jobs of
+    all lines add to the batch, so that it can be counted by adapter before they are made.
     """
+    num_jobs = sum(lane.num_jobs for lane in lanes)
     lock_batches(conn, [batch])
     row = conn.execute(
         text(
@@ -188,6 +192,7 @@ def begin_jobs(
     if row is None:
         return False
     conn.execute(text("UPDATE batches SET total = :total WHERE id = :id"), {"id": batch, "total": num_jobs})
+    add_lanes(conn, batch, row.tenant_id, lanes)
     conn.exec_driver_sql(
         "INSERT INTO openai_batch_models (batch_id, model, tenant_id, revision_id)"
         " SELECT %(batch)s, r.model, %(tenant)s, r.revision"
@@ -218,8 +223,9 @@ def advance(conn: Connection, batch: UUID, next_offset: int | None) -> None:
     """Notes up to where lines have become jobs, in the transaction that made them (None: all have)."""
     conn.execute(
         text(
-            "UPDATE openai_batches SET next_offset = :next, due_at = CASE WHEN CAST(:next AS bigint) IS NOT NULL"
-            " THEN clock_timestamp() + make_interval(secs => :taken_s) END WHERE id = :id"
+            "UPDATE openai_batches SET next_offset = :next, input_lost_at = NULL,"
+            " due_at = CASE WHEN CAST(:next AS bigint) IS NOT NULL"
+            "  THEN clock_timestamp() + make_interval(secs => :taken_s) END WHERE id = :id"
         ),
         {"id": batch, "next": next_offset, "taken_s": TAKEN_S},
     )
@@ -238,14 +244,47 @@ _STOP = text(
 )
 
 
-def stop_expansion(conn: Connection, batch: UUID) -> None:
-    """Lets the batch end with the jobs that it has; its lines become no more. The batch is locked.
+_STOP_LANES = text(
+    "UPDATE batch_lanes l SET total = coalesce(made.num, 0) FROM batch_lanes k LEFT JOIN ("
+    "  SELECT j.revision_id, count(*) AS num FROM job_inputs i JOIN jobs j ON j.id = i.job_id"
+    "  WHERE i.batch_id = :id AND i.job_id >= :oldest AND i.retry_of IS NULL GROUP BY j.revision_id"
+    " ) made ON made.revision_id IS NOT DISTINCT FROM k.revision_id"
+    " WHERE l.batch_id = :id AND k.batch_id = :id AND l.revision_id IS NOT DISTINCT FROM k.revision_id"
+)
 
-    What was reserved for the others is given back, with all of the prompts' bytes where the batch ends at once.
+
+def stop_expansion(conn: Connection, batch: UUID, errors: str) -> None:
+    """Lets the batch end, as failed with `errors` (JSON), once the jobs that it has do. The batch is locked.
+
+    What was reserved for the lines that become none is given back, with all of the prompts' bytes where it ends now.
     """
+    allow_minutes(conn)
     advance(conn, batch, None)
-    row = conn.execute(_STOP, {"id": batch, "oldest": oldest_after(batch)}).one()
+    conn.execute(
+        text("UPDATE openai_batches SET errors = CAST(:errors AS jsonb) WHERE id = :id"),
+        {"id": batch, "errors": errors},
+    )
+    made = {"id": batch, "oldest": oldest_after(batch)}
+    conn.execute(_STOP_LANES, made)
+    row = conn.execute(_STOP, made).one()
     give_back(conn, row.tenant_id, num_jobs=row.num_missing, num_bytes=row.num_bytes)
+
+
+def note_lost_input(conn: Connection, batch: UUID, *, is_missing: bool) -> Row[Any]:
+    """Notes that the input could not be read: it is not in the store, or the store does not say.
+
+    Returns (lost_s, is_late, cancel_requested_at): for how long it has been missing, whether the deadline has passed.
+    """
+    return conn.execute(
+        text(
+            "UPDATE openai_batches o SET"
+            " input_lost_at = CASE WHEN :is_missing THEN coalesce(o.input_lost_at, clock_timestamp()) END"
+            " FROM batches b WHERE o.id = :id AND b.id = o.id"
+            " RETURNING coalesce(extract(epoch FROM clock_timestamp() - o.input_lost_at), 0)::float8 AS lost_s,"
+            "  coalesce(b.deadline_at <= clock_timestamp(), false) AS is_late, b.cancel_requested_at"
+        ),
+        {"id": batch, "is_missing": is_missing},
+    ).one()
 
 
 def end_without_jobs(conn: Connection, batch: UUID, state: str, *, errors: str | None = None) -> bool:
@@ -284,7 +323,7 @@ def end_finalized(conn: Connection, batch: UUID, found: Outcome, *, began_at: da
     state: str | None = conn.execute(
         text(
             "UPDATE openai_batches o SET state = CASE WHEN b.cancel_requested_at IS NOT NULL THEN 'cancelled'"
-            "  WHEN b.expired > 0 THEN 'expired' ELSE 'completed' END,"
+            "  WHEN o.errors IS NOT NULL THEN 'failed' WHEN b.expired > 0 THEN 'expired' ELSE 'completed' END,"
             " ended_at = clock_timestamp(), due_at = NULL, num_completed = :num_completed, num_failed = :num_failed,"
             " input_tokens = :input_tokens, output_tokens = :output_tokens, output_file_id = :output_file,"
             " error_file_id = :error_file FROM batches b"

@@ -75,7 +75,6 @@ class _StepLost(Exception):
 @dataclass
 class _Counts:
     num_completed: int = 0
-    num_failed: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
 
@@ -123,7 +122,8 @@ class Finalizer:
         output, errors = files
         outcome = openai_batches.Outcome(
             num_completed=counts.num_completed,
-            num_failed=counts.num_failed,
+            # Those that never became jobs among them.
+            num_failed=row.num_requests - counts.num_completed,
             input_tokens=counts.input_tokens,
             output_tokens=counts.output_tokens,
             output_file=output,
@@ -168,7 +168,6 @@ class Finalizer:
             body = completion_of(endpoint, group, self._base_name, self._texts)
             line.response = _Response(200, first.id.hex, body)
             return line
-        counts.num_failed += 1
         if bad.state == JobState.FAILED:
             status, error = failure_of(bad)
             line.response = _Response(status, first.id.hex, {"error": error})
