@@ -22,6 +22,7 @@ from medley.cli import main
 from medley.config import Limits, Quotas
 from medley.db import audit, batches, erasure, files, flags, openai_batches, sweeps, tenants, webhooks
 from medley.db.connections import tenant_transaction
+from medley.db.lanes import Lane
 from medley.db.models import metadata
 from medley.objects import FolderObjects
 from medley.spec.ids import uuid7
@@ -163,7 +164,7 @@ def add_openai_batch(ledger: Ledger, store: Store, tenant: UUID, revision: UUID)
         batches.open_batch(conn, batches.NewBatch(id_, tenant, ledger.pool))
         openai_batches.create_openai_batch(conn, id_, tenant, new)
     with ledger.working() as conn:
-        openai_batches.begin_jobs(conn, id_, num_requests=1, num_jobs=1, models={"own": revision})
+        openai_batches.begin_jobs(conn, id_, num_requests=1, models={"own": revision}, lanes=[Lane(revision, "own", 1)])
         reserve(conn, batches.NewBatch(id_, tenant, ledger.pool), 1)
 
 

@@ -204,11 +204,14 @@ def list_deliveries(conn: Connection, webhook: UUID, limit: int) -> Sequence[Row
 
 # What follows runs as `medley_work`.
 
+# A closed tenant hears nothing: what waits stays due, and goes out if its deletion is called off.
+_IS_OPEN = "EXISTS (SELECT FROM tenants t WHERE t.id = {row}.tenant_id AND t.delete_requested_at IS NULL)"
+
 # Of each endpoint one: a slow one holds up its own events alone, and hears them in order.
 _DUE = text(
     "SELECT d.id FROM webhooks w CROSS JOIN LATERAL (SELECT d.id, d.due_at FROM webhook_deliveries d"
     "  WHERE d.webhook_id = w.id AND d.due_at <= statement_timestamp() ORDER BY d.due_at, d.created_at LIMIT 1) d"
-    " WHERE w.disabled_at IS NULL AND EXISTS ("
+    f" WHERE w.disabled_at IS NULL AND {_IS_OPEN.format(row='w')} AND EXISTS ("
     "  SELECT FROM webhook_deliveries a WHERE a.due_at <= statement_timestamp())"
     " AND NOT EXISTS (SELECT FROM webhook_deliveries o WHERE o.webhook_id = w.id AND o.due_at IS NOT NULL"
     "  AND o.leased_until > statement_timestamp())"
@@ -227,8 +230,9 @@ def due_rings(conn: Connection) -> list[UUID]:
         conn.execute(
             text(
                 "UPDATE webhook_deliveries SET rung_at = clock_timestamp() WHERE id IN ("
-                " SELECT id FROM webhook_deliveries WHERE due_at <= statement_timestamp()"
-                "  AND (rung_at IS NULL OR rung_at < due_at) LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING id"
+                " SELECT id FROM webhook_deliveries d WHERE due_at <= statement_timestamp()"
+                f"  AND (rung_at IS NULL OR rung_at < due_at) AND {_IS_OPEN.format(row='d')}"
+                "  LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING id"
             ),
             {"limit": RINGS},
         ).scalars()
@@ -248,7 +252,9 @@ class Attempt:
 
 
 def begin_attempt(conn: Connection, delivery: UUID) -> Attempt | None:
-    """Leases a due delivery. None where it has ended or is not due, or its endpoint is being sent to or disabled."""
+    """Leases a due delivery. None where it has ended or is not due, or its endpoint is being sent to or disabled, or
+    its tenant is closed.
+    """
     # One at a time, whatever the isolation: two that look at once must not both see that nothing is being sent.
     conn.execute(
         text(
@@ -257,11 +263,12 @@ def begin_attempt(conn: Connection, delivery: UUID) -> Attempt | None:
         ),
         {"id": delivery},
     )
+    is_open = _IS_OPEN.format(row="w")
     row = conn.execute(
         text(
             "UPDATE webhook_deliveries d SET attempt = d.attempt + 1,"
             "  leased_until = clock_timestamp() + make_interval(secs => :lease_s)"
-            " FROM webhooks w WHERE d.id = :id AND w.id = d.webhook_id AND w.disabled_at IS NULL"
+            f" FROM webhooks w WHERE d.id = :id AND w.id = d.webhook_id AND w.disabled_at IS NULL AND {is_open}"
             "  AND d.due_at <= clock_timestamp() AND NOT EXISTS (SELECT FROM webhook_deliveries o"
             "   WHERE o.webhook_id = d.webhook_id AND o.due_at IS NOT NULL AND o.leased_until > clock_timestamp())"
             " RETURNING d.webhook_id, d.attempt, w.url, d.payload, w.secret,"
