@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Row
 
 from medley.api.sql import Sql
-from medley.db.batches import read_jobs
+from medley.db.results import read_jobs
 
 MAX_JOBS = 256  # of one query; with long results they are some MB
 

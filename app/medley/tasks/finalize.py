@@ -31,9 +31,9 @@ from medley.api.openai.choices import (
 from medley.api.openai.errors import OpenAIError
 from medley.api.openai.tokens import TokenTexts
 from medley.db import openai_batches
-from medley.db.batches import read_answers
 from medley.db.connections import transaction
 from medley.db.files import BATCH_OUTPUT, DEFAULT_EXPIRES_S, NewFile, begin_file, finish_file, give_up_files
+from medley.db.results import read_answers
 from medley.objects import Objects
 from medley.rings import Ringer
 from medley.spec.ids import BATCH, public_id, uuid7

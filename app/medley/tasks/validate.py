@@ -28,11 +28,12 @@ from medley.api.openai.requests import Request, RequestReader, job_columns
 from medley.api.openai.shapes import BatchError
 from medley.config import Settings
 from medley.db import openai_batches
-from medley.db.batches import NewBatch, add_lane_demand, append_columns, lanes_of, read_last_job
+from medley.db.batches import NewBatch
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.files import read_object_key
 from medley.db.lanes import Lane
+from medley.db.new_jobs import add_lane_demand, append_columns, lanes_of, read_last_job
 from medley.db.quotas import QuotaExceeded, read_quotas, reserve
 from medley.db.tenants import read_name
 from medley.objects import ObjectMissing, Objects, StoreError

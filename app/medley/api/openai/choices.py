@@ -1,6 +1,6 @@
 """From jobs' results to what an answer shows: choices, usage, errors. The seam on the way out.
 
-Knows rows of `batches.read_answers` and `tokens`; what was asked stands in each row's `answer`.
+Knows rows of `results.read_answers` and `tokens`; what was asked stands in each row's `answer`.
 """
 
 from __future__ import annotations

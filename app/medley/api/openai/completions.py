@@ -27,18 +27,11 @@ from medley.api.openai.requests import CHAT, COMPLETIONS, job_columns
 from medley.api.openai.requests import Request as ModelRequest
 from medley.api.openai.streaming import event_stream
 from medley.api.shapes import answer
-from medley.db.batches import (
-    HIGH,
-    NewBatch,
-    add_batch_demand,
-    append_columns,
-    deadline_in,
-    lanes_of,
-    open_batch,
-    read_answers,
-)
+from medley.db.batches import HIGH, NewBatch, deadline_in, open_batch
 from medley.db.flags import cancel_batch
+from medley.db.new_jobs import add_batch_demand, append_columns, lanes_of
 from medley.db.quotas import reserve
+from medley.db.results import read_answers
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 
