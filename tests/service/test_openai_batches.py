@@ -588,3 +588,44 @@ def test_a_lost_input_is_not_waited_for_once_the_batch_is_over(
     assert [error.code for error in ended.errors.data] == ["file_unreadable"]
     assert ended.request_counts.completed + ended.request_counts.failed == 6
     api.ledger.recount()
+
+
+def test_the_end_of_a_batch_without_jobs_is_told_too(api: Api) -> None:
+    client, native = client_of(api), api.as_tenant()
+    body = {"url": "https://example.com/hook", "events": ["batch.finished"]}
+    hook = native.post("/v1/webhooks", json=body).json()
+    refused = create(client, [completion_line("0", "nobody")])
+    cancelled = create(client, [completion_line("0")])
+    client.batches.cancel(cancelled.id)
+    make_tasks(api).look()
+    told = native.get(f"/v1/webhooks/{hook['id']}/deliveries").json()["deliveries"]
+    payloads = [delivery["payload"]["data"] for delivery in told]
+    assert {data["id"] for data in payloads} == {refused.id, cancelled.id}
+    assert all(data["finished_at"] for data in payloads)
+
+
+def test_a_file_of_answers_is_no_input(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0")])
+    with Serving(api):
+        ended = wait_for(client, batch.id, "completed")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.batches.create(input_file_id=ended.output_file_id, endpoint="/v1/completions", completion_window="24h")
+    assert caught.value.param == "input_file_id"
+
+
+def test_what_was_uploaded_and_run_is_in_the_audit_log(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0", prompt="a secret prompt")])
+    native = api.as_tenant()
+    sweep = native.post("/v1/sweeps", json={"name": "s", "prompts": ["a secret prompt"], "include_base": True}).json()
+    page = native.get("/v1/audit").json()
+    assert [(e["action"], e["object"]) for e in reversed(page["entries"])] == [
+        ("file.upload", batch.input_file_id),
+        ("batch.create", batch.id),
+        ("sweep.create", sweep["id"]),
+    ]
+    assert "secret prompt" not in str(page)
+    client.batches.cancel(batch.id)
+    native.post(f"/v1/batches/{sweep['id']}/cancel")
+    make_tasks(api).look()

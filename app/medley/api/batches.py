@@ -119,6 +119,8 @@ async def _create(
         reader = JobReader(defaults, settings.limits, lambda refs: resolve_refs(conn, who.tenant.name, refs), locate)
         reader.faults.extend(faults.listed)
         created = create_jobs(conn, who.tenant, settings.pool, wanted, options, reader, chunks(reader))
+        if not created.is_replay:
+            who.note(conn, "batch.create", public_id(BATCH, created.batch), num_jobs=reader.num_jobs)
         return created, read_batch(conn, created.batch)
 
     created, row = await who.services.sql.run_bulk(who.tenant.id, act)

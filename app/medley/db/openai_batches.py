@@ -19,6 +19,7 @@ from medley.db.batches import lock_batches
 from medley.db.connections import allow_minutes
 from medley.db.lanes import Lane, add_lanes
 from medley.db.quotas import give_back
+from medley.db.webhooks import notify_finished
 from medley.spec.ids import oldest_after
 
 TAKEN_S = 15.0  # for which a step that was taken, or renewed, is left to its task
@@ -267,6 +268,7 @@ def stop_expansion(conn: Connection, batch: UUID, errors: str) -> None:
     made = {"id": batch, "oldest": oldest_after(batch)}
     conn.execute(_STOP_LANES, made)
     row = conn.execute(_STOP, made).one()
+    notify_finished(conn, batch)
     give_back(conn, row.tenant_id, num_jobs=row.num_missing, num_bytes=row.num_bytes)
 
 
@@ -300,6 +302,7 @@ def end_without_jobs(conn: Connection, batch: UUID, state: str, *, errors: str |
     if ended is None:
         return False
     conn.execute(text("UPDATE batches SET finished_at = clock_timestamp() WHERE id = :id"), {"id": batch})
+    notify_finished(conn, batch)
     return True
 
 

@@ -47,7 +47,8 @@ NOTIFY_COUNTED = """
 
 _NOTIFY_FINISHED = text(
     "WITH counted AS (SELECT b.*, 0 AS failed_now FROM batches b"
-    f" WHERE b.id = :batch AND b.finished_at IS NOT NULL) {NOTIFY_COUNTED} AND w.id = :webhook"
+    f" WHERE b.id = :batch AND b.finished_at IS NOT NULL) {NOTIFY_COUNTED}"
+    " AND (CAST(:webhook AS uuid) IS NULL OR w.id = CAST(:webhook AS uuid))"
 )
 
 _NOTIFY_QUARANTINE = text(
@@ -60,6 +61,11 @@ _NOTIFY_QUARANTINE = text(
     "  AND w.disabled_at IS NULL AND w.batch_id IS NULL AND 'adapter.quarantined' = ANY(w.events)"
     " WHERE r.id = :revision"
 )
+
+
+def notify_finished(conn: Connection, batch: UUID, webhook: UUID | None = None) -> None:
+    """Writes the event that a batch has finished, where no job's end said so. webhook: for this one alone."""
+    conn.execute(_NOTIFY_FINISHED, {"batch": batch, "webhook": webhook})
 
 
 def notify_quarantine(conn: Connection, revision: UUID) -> None:
@@ -103,7 +109,7 @@ def add_webhook(conn: Connection, new: NewWebhook) -> None:
         },
     )
     if new.batch is not None:
-        conn.execute(_NOTIFY_FINISHED, {"batch": new.batch, "webhook": new.id})
+        notify_finished(conn, new.batch, new.id)
 
 
 _READ = (
