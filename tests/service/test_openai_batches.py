@@ -495,10 +495,10 @@ def test_its_jobs_are_counted_by_adapter(api: Api) -> None:
 
 
 class Losing:
-    """A batch of six lines whose input is lost once two are jobs."""
+    """A batch of six lines whose input is lost once `num_made` are jobs."""
 
-    def __init__(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 2)
+    def __init__(self, api: Api, monkeypatch: pytest.MonkeyPatch, num_made: int = 2) -> None:
+        monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", num_made)
         self.api, self.client, self.tasks = api, client_of(api), make_tasks(api)
         self.validator = self.tasks._validator
         self.objects = self.validator._objects
@@ -560,6 +560,18 @@ def test_a_batch_whose_input_is_lost_fails_with_what_it_has_done(api: Api, monke
     assert (shown["state"], shown["counts"]["total"]) == ("finished", 2)
     used = native.get("/v1/limits").json()["quotas"]
     assert (used["queued_jobs"]["used"], used["queued_bytes"]["used"]) == (0, 0)
+    api.ledger.recount()
+
+
+def test_an_input_that_is_lost_once_all_its_lines_are_jobs_is_not_missed(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing = Losing(api, monkeypatch, num_made=6)
+    finish_queued(api)
+    losing.look()
+    losing.look(after_s=1000)
+    ended = losing.look()
+    assert (ended.status, ended.request_counts.completed, ended.errors) == ("completed", 6, None)
     api.ledger.recount()
 
 

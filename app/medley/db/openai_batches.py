@@ -238,7 +238,7 @@ _STOP = text(
     "  AS num_made"
     "  FROM batches b WHERE b.id = :id)"
     " UPDATE batches b SET total = was.num_made,"
-    "  finished_at = CASE WHEN was.num_ended = was.num_made THEN clock_timestamp() END,"
+    "  finished_at = CASE WHEN was.num_ended = was.num_made THEN coalesce(b.finished_at, clock_timestamp()) END,"
     "  queued_bytes = CASE WHEN was.num_ended = was.num_made THEN 0 ELSE was.queued_bytes END"
     " FROM was WHERE b.id = was.id RETURNING b.tenant_id, was.total - was.num_made AS num_missing,"
     "  was.queued_bytes - b.queued_bytes AS num_bytes"
@@ -258,16 +258,19 @@ def stop_expansion(conn: Connection, batch: UUID, errors: str) -> None:
     """Lets the batch end, as failed with `errors` (JSON), once the jobs that it has do. The batch is locked.
 
     What was reserved for the lines that become none is given back, with all of the prompts' bytes where it ends now.
+    Where no line is left, nothing is wrong.
     """
     allow_minutes(conn)
     advance(conn, batch, None)
+    made = {"id": batch, "oldest": oldest_after(batch)}
+    row = conn.execute(_STOP, made).one()
+    if row.num_missing == 0:
+        return
     conn.execute(
         text("UPDATE openai_batches SET errors = CAST(:errors AS jsonb) WHERE id = :id"),
         {"id": batch, "errors": errors},
     )
-    made = {"id": batch, "oldest": oldest_after(batch)}
     conn.execute(_STOP_LANES, made)
-    row = conn.execute(_STOP, made).one()
     notify_finished(conn, batch)
     give_back(conn, row.tenant_id, num_jobs=row.num_missing, num_bytes=row.num_bytes)
 

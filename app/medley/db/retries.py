@@ -16,7 +16,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from medley.db.batches import lock_batches
+from medley.db.batches import TenantClosing, lock_batches
 from medley.db.connections import allow_minutes
 from medley.db.demand import add_demand
 from medley.db.openai_batches import reopen
@@ -113,7 +113,7 @@ FROM superseded s JOIN jobs j ON j.id = s.old GROUP BY 1, 2
 def retry(conn: Connection, batch: UUID, wanted: Wanted) -> Retried:
     """Makes the latest attempts that ended as `wanted` again, as new jobs of the batch. The caller reserves for them.
 
-    Those of revisions that are quarantined or shared no longer are left as they are. Raises NotRetried.
+    Those of revisions that are quarantined or shared no longer are left as they are. Raises NotRetried, TenantClosing.
     """
     allow_minutes(conn)
     lock_batches(conn, [batch])
@@ -136,15 +136,18 @@ def retry(conn: Connection, batch: UUID, wanted: Wanted) -> Retried:
 
 
 def _judge(conn: Connection, batch: UUID) -> Row[Any]:
-    """The batch. Raises NotRetried."""
+    """The batch. Raises NotRetried, TenantClosing."""
     row = conn.execute(
         text(
             "SELECT b.tenant_id, b.pool, b.priority, b.paused_at, b.finished_at, b.cancel_requested_at,"
             " coalesce(b.deadline_at <= clock_timestamp(), false) AS is_late, o.state AS openai_state,"
-            " o.in_progress_at FROM batches b LEFT JOIN openai_batches o ON o.id = b.id WHERE b.id = :id"
+            " o.in_progress_at, t.delete_requested_at IS NOT NULL AS is_closing FROM batches b"
+            " JOIN tenants t ON t.id = b.tenant_id LEFT JOIN openai_batches o ON o.id = b.id WHERE b.id = :id"
         ),
         {"id": batch},
     ).one()
+    if row.is_closing:
+        raise TenantClosing
     if row.openai_state == "failed" and row.in_progress_at is None:
         raise NotRetried("its input file was refused, so it has no jobs; create a batch from a corrected file")
     if row.openai_state == "validating":
