@@ -616,6 +616,48 @@ def test_the_end_of_a_batch_without_jobs_is_told_too(api: Api) -> None:
     assert all(data["finished_at"] for data in payloads)
 
 
+def test_the_end_of_a_batch_is_told_once_its_files_are_there_and_again_after_a_retry(api: Api) -> None:
+    client, native = client_of(api), api.as_tenant()
+    body = {"url": "https://example.com/hook", "events": ["batch.finished", "batch.failing"], "failed_jobs": 1}
+    hook = native.post("/v1/webhooks", json=body).json()
+
+    def told() -> list[str]:
+        shown = native.get(f"/v1/webhooks/{hook['id']}/deliveries").json()["deliveries"]
+        return sorted(delivery["event"] for delivery in shown)
+
+    batch = create(client, [completion_line("0")])
+    tasks = make_tasks(api)
+    tasks.look()
+    broken = JobError(code=ErrorCode.ENGINE, message="it broke")
+    api.finish(batch.id, state=JobState.FAILED, text=None, error=broken)
+    assert told() == ["batch.failing"]
+    one = native.post("/v1/webhooks", json=body | {"batch_id": batch.id}).json()
+    assert native.get(f"/v1/webhooks/{one['id']}/deliveries").json()["deliveries"] == []
+    tasks.look()
+    assert told() == ["batch.failing", "batch.finished"]
+    assert len(native.get(f"/v1/webhooks/{one['id']}/deliveries").json()["deliveries"]) == 1
+    assert native.post(f"/v1/batches/{batch.id}/retry").status_code == 200
+    finish_queued(api)
+    assert told() == ["batch.failing", "batch.finished"]
+    tasks.look()
+    assert told() == ["batch.failing", "batch.finished", "batch.finished"]
+
+
+def test_a_failure_whose_code_is_not_known_here_is_shown_as_it_is(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0")])
+    tasks = make_tasks(api)
+    tasks.look()
+    api.finish(batch.id, state=JobState.FAILED, text=None, error=JobError(code=ErrorCode.ENGINE, message="it broke"))
+    with api.ledger.working() as conn:
+        newer = "UPDATE job_results SET error_code = 'of_tomorrow' WHERE batch_id = :id"
+        conn.execute(text(newer), {"id": uuid_of(batch.id)})
+    tasks.look()
+    ended = client.batches.retrieve(batch.id)
+    (line,) = read_lines(client, ended.error_file_id)
+    assert (line["response"]["status_code"], line["response"]["body"]["error"]["code"]) == (500, "of_tomorrow")
+
+
 def test_a_file_of_answers_is_no_input(api: Api) -> None:
     client = client_of(api)
     batch = create(client, [completion_line("0")])

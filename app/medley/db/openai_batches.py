@@ -271,7 +271,6 @@ def stop_expansion(conn: Connection, batch: UUID, errors: str) -> None:
         {"id": batch, "errors": errors},
     )
     conn.execute(_STOP_LANES, made)
-    notify_finished(conn, batch)
     give_back(conn, row.tenant_id, num_jobs=row.num_missing, num_bytes=row.num_bytes)
 
 
@@ -347,6 +346,8 @@ def end_finalized(conn: Connection, batch: UUID, found: Outcome, *, began_at: da
             "error_file": found.error_file,
         },
     ).scalar_one_or_none()
+    if state is not None:
+        notify_finished(conn, batch)
     return state
 
 

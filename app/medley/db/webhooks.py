@@ -18,7 +18,8 @@ LEASE_S = 60.0  # an attempt takes seconds; who has not noted its end by then ha
 RINGS = 100  # messages a tick
 
 # Part of the statement that counts ends (`medley.db.ends`): `counted` are the batches as they stand now, each with
-# how many of its jobs have failed in this statement. A job by itself is no event.
+# how many of its jobs have failed in this statement. A job by itself is no event. An OpenAI batch has finished once its
+# files are there.
 NOTIFY_COUNTED = """
     INSERT INTO webhook_deliveries (tenant_id, webhook_id, event, payload)
     SELECT c.tenant_id, w.id, e.event, json_build_object('type', e.event, 'timestamp', clock_timestamp(), 'data',
@@ -39,7 +40,9 @@ NOTIFY_COUNTED = """
     ) w
     LEFT JOIN sweeps s ON s.id = c.id
     CROSS JOIN LATERAL (VALUES
-        (CASE WHEN c.finished_at IS NULL THEN NULL WHEN s.id IS NULL THEN 'batch.finished' ELSE 'sweep.finished' END),
+        (CASE WHEN c.finished_at IS NULL OR EXISTS (
+            SELECT FROM openai_batches o WHERE o.id = c.id AND o.ended_at IS NULL) THEN NULL
+            WHEN s.id IS NULL THEN 'batch.finished' ELSE 'sweep.finished' END),
         (CASE WHEN w.failed_jobs > c.failed - c.failed_now AND w.failed_jobs <= c.failed THEN 'batch.failing' END)
     ) e(event)
     WHERE NOT c.is_single AND e.event = ANY(w.events)

@@ -117,7 +117,7 @@ def completion_of(
 
 
 # What of a job that failed lies in its request; the rest is the service's.
-_OF_REQUEST = {
+_OF_REQUEST: set[str] = {
     ErrorCode.PROMPT_TOO_LONG,
     ErrorCode.INVALID_TOKEN,
     ErrorCode.INVALID_GRAMMAR,
@@ -127,14 +127,15 @@ _OF_REQUEST = {
     ErrorCode.JOB_QUARANTINED,
 }
 # OpenAI's own words, where it has one.
-_CODES = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
+_CODES: dict[str, str] = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
 
 
 def failure_of(row: Row[Any]) -> tuple[int, OpenAIError]:
     """(status, error) of a job that failed: what an HTTP service would have said."""
-    code = ErrorCode(row.error_code)
-    status = 400 if code in _OF_REQUEST else 503 if code is ErrorCode.ADAPTER_UNAVAILABLE else 500
-    return status, error_of(status, _CODES.get(code, code.value), row.error_message or code.value)
+    # As it is stored: a newer worker may have a code that this process does not know.
+    code: str = row.error_code or "unknown"
+    status = 400 if code in _OF_REQUEST else 503 if code == ErrorCode.ADAPTER_UNAVAILABLE else 500
+    return status, error_of(status, _CODES.get(code, code), row.error_message or code)
 
 
 def group_by_request(rows: Sequence[Row[Any]]) -> Iterator[list[Row[Any]]]:
