@@ -236,6 +236,11 @@ def test_a_batch_that_has_no_jobs_says_why_it_is_not_retried(api: Api) -> None:
     refused = ask_retry(api, batch.id)
     assert (refused.status_code, "create a batch from a corrected file" in refused.text) == (409, True)
     assert client.batches.retrieve(batch.id).status == "failed"
+    cancelled = create(client, [completion_line("0")])
+    client.batches.cancel(cancelled.id)
+    make_tasks(api).look()
+    refused = ask_retry(api, cancelled.id, states=["cancelled"])
+    assert (refused.status_code, "create it again" in refused.text) == (409, True)
     assert api.as_tenant("globex").post(f"/v1/batches/{batch.id}/retry").status_code == 404
 
 

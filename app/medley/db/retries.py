@@ -50,15 +50,24 @@ class Retried:
     num_file_bytes: int = 0
 
 
-# Jobs of a revision that was quarantined, or that is shared no longer, would fail again at once.
+# Jobs of a revision that was quarantined, or that is shared no longer, would fail again at once; a deleted adapter
+# gets no new ones.
 _CHOOSE = text(
     "SELECT r.job_id, r.seq FROM job_results r JOIN jobs j ON j.id = r.job_id"
-    " LEFT JOIN adapter_revisions a ON a.id = j.revision_id"
+    " LEFT JOIN adapter_revisions a ON a.id = j.revision_id LEFT JOIN adapters d ON d.id = a.adapter_id"
     " WHERE r.batch_id = :batch AND r.job_id >= :oldest AND r.seq > :after AND r.state <> 'succeeded'"
     " AND r.state = ANY(:states) AND r.retried_by IS NULL AND (CAST(:codes AS text[]) IS NULL OR r.state <> 'failed'"
     "  OR r.error_code = ANY(:codes))"
-    " AND a.quarantined_at IS NULL AND (a.id IS NOT NULL OR NOT j.is_shared) ORDER BY r.seq LIMIT :limit"
+    " AND (j.revision_id IS NULL OR a.quarantined_at IS NULL AND a.id IS NOT NULL AND d.deleted_at IS NULL)"
+    " ORDER BY r.seq LIMIT :limit"
 )
+
+# Of an OpenAI batch that was never in progress, by its state.
+_WITHOUT_JOBS = {
+    "validating": "its input file is being validated, so it has no jobs yet",
+    "failed": "its input file was refused, so it has no jobs; create a batch from a corrected file",
+    "cancelled": "it was cancelled before it had jobs; create it again",
+}
 
 # One statement, so that the parts cannot disagree about what was superseded. Its jobs lie between `first` and `last`.
 _RETRY = """
@@ -113,7 +122,8 @@ FROM superseded s JOIN jobs j ON j.id = s.old GROUP BY 1, 2
 def retry(conn: Connection, batch: UUID, wanted: Wanted) -> Retried:
     """Makes the latest attempts that ended as `wanted` again, as new jobs of the batch. The caller reserves for them.
 
-    Those of revisions that are quarantined or shared no longer are left as they are. Raises NotRetried, TenantClosing.
+    Those of revisions that are quarantined, shared no longer or deleted are left as they are. Raises NotRetried and
+    TenantClosing.
     """
     allow_minutes(conn)
     lock_batches(conn, [batch])
@@ -148,10 +158,8 @@ def _judge(conn: Connection, batch: UUID) -> Row[Any]:
     ).one()
     if row.is_closing:
         raise TenantClosing
-    if row.openai_state == "failed" and row.in_progress_at is None:
-        raise NotRetried("its input file was refused, so it has no jobs; create a batch from a corrected file")
-    if row.openai_state == "validating":
-        raise NotRetried("its input file is being validated, so it has no jobs yet")
+    if row.openai_state is not None and row.in_progress_at is None:
+        raise NotRetried(_WITHOUT_JOBS[row.openai_state])
     if row.cancel_requested_at is not None and row.finished_at is None:
         raise NotRetried("it is being cancelled; retry once what runs has stopped")
     if row.is_late:
