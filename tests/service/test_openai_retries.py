@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,14 +23,14 @@ from openai_service import (
     wait_for,
 )
 from sqlalchemy import text
-from waiting import wait_until
 
 import medley
-from medley.config import Limits
+from medley.config import Limits, Quotas
 from medley.db import openai_batches
 from medley.db.connections import tenant_transaction
 from medley.db.files import read_unwanted
 from medley.db.flags import expire_queued
+from medley.db.quotas import reserve
 from medley.db.retries import Wanted, retry
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import JobState
@@ -336,34 +335,24 @@ def test_a_retry_while_the_files_are_written_ends_the_batch_by_the_next_results_
     api.ledger.recount()
 
 
-def test_a_retry_that_commits_beside_the_look_for_ended_batches_is_not_passed_over(api: Api) -> None:
+def test_a_retry_that_is_being_committed_is_not_passed_over_by_the_look_for_ended_batches(api: Api) -> None:
     client = client_of(api)
     batch = create(client, [completion_line("0")])
     tasks = make_tasks(api)
     tasks.look()
     api.finish(batch.id, **BROKEN)
-    looking = threading.Thread(target=tasks.look)
-    with tenant_transaction(api.ledger.api, api.tenant_id(api._tenant)) as conn:
-        assert retry(conn, uuid_of(batch.id), Wanted()).num_jobs == 1
-        conn.execute(
-            text("UPDATE tenant_usage SET queued_jobs = queued_jobs + 1, queued_bytes = queued_bytes + 5"),
-        )
-        conn.execute(
-            text("UPDATE batches SET queued_bytes = queued_bytes + 5 WHERE id = :id"), {"id": uuid_of(batch.id)}
-        )
-        looking.start()
-        wait_until(lambda: is_somebody_waiting(api), "the look waits for the retry")
-    looking.join(timeout=60)
+    tenant = api.tenant_id(api._tenant)
+    with tenant_transaction(api.ledger.api, tenant) as conn:
+        made = retry(conn, uuid_of(batch.id), Wanted())
+        reserve(conn, tenant, Quotas(), uuid_of(batch.id), num_jobs=made.num_jobs, num_bytes=made.num_bytes)
+        tasks.look()
+    assert client.batches.retrieve(batch.id).status == "in_progress"
+    tasks.look()
     assert client.batches.retrieve(batch.id).status == "in_progress"
     api.finish(batch.id, text="done")
     tasks.look()
     assert counts_of(client.batches.retrieve(batch.id)) == (1, 1, 0)
     api.ledger.recount()
-
-
-def is_somebody_waiting(api: Api) -> bool:
-    with api.ledger.working() as conn:
-        return bool(conn.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar_one())
 
 
 def test_retries_at_once_make_each_job_again_once(api: Api) -> None:

@@ -103,12 +103,11 @@ def begin_finalizing(conn: Connection, pool: str) -> int:
     which = (
         "o.state = 'in_progress' AND o.due_at IS NULL AND b.id = o.id AND b.pool = :pool AND b.finished_at IS NOT NULL"
     )
-    found = conn.execute(text(f"SELECT o.id FROM openai_batches o, batches b WHERE {which}"), {"pool": pool})
-    ended = list(found.scalars())
+    # A retry that is being committed has its batch locked, which has not finished after it: it is left for later.
+    found = f"SELECT o.id FROM openai_batches o, batches b WHERE {which} FOR NO KEY UPDATE OF b SKIP LOCKED"
+    ended = list(conn.execute(text(found), {"pool": pool}).scalars())
     if not ended:
         return 0
-    # A retry that is being committed has the batch locked: after it, the batch has not finished.
-    lock_batches(conn, ended)
     begin = (
         "UPDATE openai_batches o SET state = 'finalizing', finalizing_at = clock_timestamp(),"
         f" due_at = clock_timestamp() FROM batches b WHERE {which} AND o.id = ANY(:ids)"
