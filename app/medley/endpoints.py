@@ -25,6 +25,8 @@ TOTAL_S = 15.0  # of one attempt, from the connection to the status line
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Addresses of the old internet inside those of the new: what they lead to is judged.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Of no use on the public internet, though `is_global` may say so: addresses of a site, of protocols, of documents.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")))
 _LOCAL_NAMES = ("localhost", ".localhost", ".local", ".internal", ".home.arpa")
 
 
@@ -69,7 +71,8 @@ def judge_address(address: Address, *, allow_loopback: bool) -> None:
     if allow_loopback and inner.is_loopback:
         return
     # is_global is false of every range that IANA lists as special, the metadata services' link-local among them.
-    if not inner.is_global or inner.is_multicast or inner.is_reserved or inner.is_unspecified:
+    is_public = inner.is_global and not (inner.is_multicast or inner.is_reserved or inner.is_unspecified)
+    if not is_public or any(inner in network for network in _NOT_PUBLIC):
         raise NotAllowed("a host on the public internet")
 
 
@@ -136,7 +139,7 @@ def _tls() -> ssl.SSLContext:
 def _literal(host: str) -> Address | None:
     """The address that a host in a URL is, as lenient as the system's resolver: 127.1 and 0x7f.1 are addresses too."""
     try:
-        return ipaddress.ip_address(host.partition("%")[0])
+        return ipaddress.ip_address(host.partition("%")[0].rstrip("."))
     except ValueError:
         pass
     try:

@@ -14,17 +14,11 @@ from uuid import UUID
 from sqlalchemy import Row
 
 from medley.api.sql import Sql
-from medley.db.batches import read_jobs
+from medley.db.results import read_jobs
 
 MAX_JOBS = 256  # of one query; with long results they are some MB
 
 Found = Row[Any] | None
-
-
-def _retrieve(answer: asyncio.Future[Found]) -> None:
-    """An error is the askers'; where all have left it is nobody's, and asyncio need not warn of it."""
-    if not answer.cancelled():
-        answer.exception()
 
 
 class JobReads:
@@ -67,3 +61,9 @@ class JobReads:
             for job, answer in part.items():
                 if not answer.cancelled():
                     answer.set_result(rows.get(job))
+
+
+def _retrieve(answer: asyncio.Future[Found]) -> None:
+    """An error is the askers'; where all have left it is nobody's, and asyncio need not warn of it."""
+    if not answer.cancelled():
+        answer.exception()
