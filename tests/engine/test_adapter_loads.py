@@ -60,9 +60,6 @@ class SimulatedDevice(HostCopier):
     def new_host(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         return torch.full((count, elements), torch.nan, dtype=dtype)  # as pinned memory: anything may be in it
 
-    def new_device(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros((count, elements), dtype=dtype)
-
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Fence | None) -> Fence:
         def run() -> None:
             for to, source in pairs:
