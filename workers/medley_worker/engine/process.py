@@ -71,18 +71,20 @@ log = structlog.get_logger()
 
 class Failpoint:
     """For fault tests. `die_on_token=<id>`: die in the step that first holds a job with this token in its prompt;
-    `die_on_step=always`: die in the first step, whatever it holds.
+    `die_on_step=always`, `die_on_sleep=always`, `die_on_wake=always`: die in the first of these, whatever it holds.
     """
 
     def __init__(self, text: str | None) -> None:
-        self._is_fatal = text == "die_on_step=always"
+        name, _, value = (text or "").partition("=")
+        self._is_fatal = (name, value) == ("die_on_step", "always")
+        self._fatal_change = name if name in ("die_on_sleep", "die_on_wake") and value == "always" else None
         self._token_id: int | None = None
         self._doomed: set[RequestId] = set()
-        if text is not None and not self._is_fatal:
-            name, _, value = text.partition("=")
+        if text is not None and not self._is_fatal and self._fatal_change is None:
             if name != "die_on_token" or not value.isdecimal():
                 raise ValueError(
-                    f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id> or die_on_step=always"
+                    f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id> or die_on_step=always,"
+                    " die_on_sleep=always, die_on_wake=always"
                 )
             self._token_id = int(value)
 
@@ -92,6 +94,11 @@ class Failpoint:
 
     def entering(self, request_ids: Iterable[RequestId]) -> None:
         if self._is_fatal or not self._doomed.isdisjoint(request_ids):
+            os._exit(_CRASHED)
+
+    def changing(self, what: str) -> None:
+        """what: "sleep" or "wake"."""
+        if self._fatal_change == f"die_on_{what}":
             os._exit(_CRASHED)
 
 
@@ -147,9 +154,11 @@ class Service:
             case Forget(adapters=adapters):
                 self._engine.forget(adapters)
             case Sleep():
+                self._failpoint.changing("sleep")
                 sleep_s = _timed(self._engine.sleep, "engine.sleepless")
                 self._send(Asleep(device_bytes=self._engine.device_bytes, sleep_s=sleep_s), self._engine.stats())
             case Wake():
+                self._failpoint.changing("wake")
                 self._send(Awake(wake_s=_timed(self._engine.wake, "engine.unwakeable")))
 
     def _add(self, item: WorkItem) -> None:

@@ -22,22 +22,29 @@ class Feed:
         self._held = held
         self._lock = threading.Lock()
         self._link: EngineLink | None = None
+        self._resting: EngineLink | None = None  # gets no jobs, and still forgets
         self._given: dict[UUID, AdapterRef] = {}  # by revision
         self._expected: tuple[AdapterRef, ...] = ()
 
     def open(self, link: EngineLink) -> None:
         """From now on jobs go to `link`."""
         with self._lock:
-            self._link = link
-            self._given = {}
+            if link is not self._resting:  # a new one, which was given nothing
+                self._given = {}
+            self._link, self._resting = link, None
             if self._expected:
                 link.send(Upcoming(self._expected))
         self.offer()
 
-    def close(self) -> None:
-        """From now on jobs wait. Kill a link that may be stuck before: a send in progress is waited for."""
+    def rest(self) -> None:
+        """From now on jobs wait. The engine stays for now, with what it was given."""
         with self._lock:
-            self._link = None
+            self._link, self._resting = None, self._link or self._resting
+
+    def close(self) -> None:
+        """The engine ends. Kill a link that may be stuck before: a send in progress is waited for."""
+        with self._lock:
+            self._link = self._resting = None
 
     def offer(self) -> None:
         """Send what may enter the engine now."""
@@ -69,8 +76,9 @@ class Feed:
         with self._lock:
             held = self._held.revisions()
             gone = [self._given.pop(r) for r in revisions if r in self._given and r not in held]
-            if gone and self._link is not None:
-                self._link.send(Forget(tuple(gone)))
+            link = self._link or self._resting
+            if gone and link is not None:
+                link.send(Forget(tuple(gone)))
             return len(gone)
 
     def send(self, message: ToEngine) -> None:

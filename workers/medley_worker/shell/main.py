@@ -83,6 +83,8 @@ class Shell:
         )
         self._controller = controller = Controller(
             config=engine_config(settings, model_dir),
+            keeps_engine=settings.worker.keeps_engine,
+            warms_engine=settings.worker.sleep == "warm",
             worker=worker,
             transactions=transactions,
             held=held,
@@ -172,6 +174,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         adapter_host_bytes=worker.adapter_host_bytes,
         max_tpot_ms=worker.max_tpot_ms,
         batch_invariant=worker.batch_invariant,
+        sleeps=worker.keeps_engine,
     )
 
 
