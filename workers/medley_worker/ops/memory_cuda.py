@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from medley_worker.ops.host_memory import available_bytes
 from medley_worker.ops.kernels import Kernels, kernels
 
 # What is mapped, and copied, at once: a copy starts while the next piece is mapped.
 PIECE_BYTES = 1 << 30
+HOST_SHARE = 0.9  # of the host's available memory that a copy may take; pinned, it is out of everybody's reach
 ALIGNMENT = 512  # of a tensor among others; torch's own
 
 
@@ -87,6 +89,11 @@ class PinnedCopy:
     """Host memory that copies to and from a device use as it is. Raises OSError, RuntimeError."""
 
     def __init__(self, num_bytes: int) -> None:
+        available = available_bytes()
+        if num_bytes > HOST_SHARE * available:
+            raise RuntimeError(
+                f"host memory: {num_bytes} bytes are wanted for what the device gives back, {available} are available"
+            )
         # Pages of 2 MiB, touched by all threads: pinning takes 0.3 s a GiB where it has to find pages of 4 KiB.
         pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
@@ -121,8 +128,6 @@ class VirtualMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", _index(device))
-        torch.cuda.set_device(self._device)
-        torch.cuda.synchronize(self._device)  # the device's context is there
         self._library = kernels(_index(device))
         self._kept: list[_Block] = []
         self._cleared: list[_Block] = []
@@ -161,6 +166,7 @@ class VirtualMemory:
 
     def wake(self) -> None:
         with torch.cuda.device(self._device):
+            torch.cuda.synchronize()  # and this thread has the device's context
             for block, copy in zip(self._kept, self._copies, strict=True):
                 for piece in block.range.map():
                     with torch.cuda.stream(self._stream):
@@ -172,6 +178,7 @@ class VirtualMemory:
 
     def _new_block(self, num_bytes: int) -> _Block:
         with torch.cuda.device(self._device):
+            torch.cuda.synchronize()  # this thread has the device's context
             return _Block(self._library, self._device, num_bytes)
 
     def _copy(self, block: _Block) -> PinnedCopy:
