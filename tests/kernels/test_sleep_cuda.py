@@ -184,16 +184,22 @@ def test_adapters_come_back_into_tiles_and_leave_them_after_a_sleep(llama: Tiny)
     assert sum(one == other for one, other in zip(before, after, strict=True)) >= len(before) // 2
 
 
-def test_waking_without_memory_says_what_is_missing(engine: Engine) -> None:
+def test_waking_without_memory_says_what_is_missing_and_can_be_tried_again(engine: Engine, llama: Tiny) -> None:
+    outputs(engine, llama)
+    before = outputs(engine, llama)
     engine.sleep()
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - TILE_BYTES // 2, dtype=torch.uint8, device=DEVICE)
     try:
         with pytest.raises(KernelError, match=r"memory of [0-9]+ bytes: out of memory"):
             engine.wake()
+        assert engine.is_asleep
     finally:
         del taken
         torch.cuda.empty_cache()
+    engine.wake()
+    outputs(engine, llama)
+    assert outputs(engine, llama) == before
 
 
 def test_an_engine_process_holds_two_gigabytes_at_the_most_while_asleep(llama: Tiny, report: Report) -> None:

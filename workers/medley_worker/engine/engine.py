@@ -299,7 +299,10 @@ class Engine:
         self._parts.memory.sleep()
 
     def wake(self) -> None:
-        """Have the memory again, with the weights in it, at the same addresses. Raises RuntimeError."""
+        """Have the memory again, with the weights in it, at the same addresses.
+
+        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        """
         if self._is_asleep:
             self._parts.memory.wake()
             self._is_asleep = False

@@ -45,7 +45,10 @@ class Memory(Protocol):
         ...
 
     def wake(self) -> None:
-        """Have memory at the same addresses again, filled. Returns when it is. Raises like `sleep`."""
+        """Have memory at the same addresses again, filled. Returns when it is.
+
+        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        """
         ...
 
 
