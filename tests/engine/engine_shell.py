@@ -75,7 +75,7 @@ class Shell:
 
     def close(self) -> None:
         self.connection.close()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=START_S)
 
 
 def has(kind: type[FromEngine], count: int = 1) -> Callable[[list[FromEngine]], bool]:

@@ -1,8 +1,12 @@
-"""Sleep and wake on CUDA: addresses and bits stay, memory goes and comes, others can have it meanwhile."""
+"""Sleep and wake on CUDA: addresses and bits stay, memory goes and comes, others can have it meanwhile.
+
+Amounts are the device's own, of all processes: nobody else may take or give any while these tests run.
+"""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from uuid import UUID
 
@@ -17,7 +21,6 @@ from medley.spec.wire import (
     Asleep,
     Awake,
     EngineConfig,
-    EngineStats,
     Finished,
     Ready,
     Shutdown,
@@ -35,7 +38,10 @@ DEVICE = torch.device("cuda")
 MIB = 1 << 20
 ASLEEP_BYTES = 2 << 30  # the most that may be held
 TILE_BYTES = 4 << 30  # of adapter memory, so that it is worth giving back
-START_S = 300.0  # kernels may have to be built
+# The device tells more than our account: the driver takes memory of its own, 2 MiB at a time (for page tables, pinned
+# memory, a kernel's first use), when it likes. It is little beside what a test looks for.
+SLACK = 64 * MIB
+START_S = 300.0  # kernels may have to be built, when they are first used
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +49,33 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return cuda_models.make("llama3", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture
-def engine(llama: Tiny) -> Iterator[Engine]:
-    engine = sleeper(llama)
-    yield engine
-    engine.close()
-    del engine
+@pytest.fixture(autouse=True)
+def tidy() -> Iterator[None]:
+    """Nothing of an earlier test is given back in the middle of this one: an engine is held by its own callbacks."""
+    give_back()
+    yield
+    give_back()
+
+
+def give_back() -> None:
     gc.collect()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
 
-def sleeper(made: Tiny, **options: object) -> Engine:
-    """An engine with memory for all adapters and for more."""
-    sizes = {"max_num_seqs": 16, "max_model_len": 256, "adapter_bytes": TILE_BYTES, "sleeps": True}
-    return load_engine(made, **sizes | options)
+@pytest.fixture
+def sleeper(llama: Tiny) -> Iterator[Callable[..., Engine]]:
+    """Makes engines with memory for all adapters and for more."""
+    engines: list[Engine] = []
+
+    def make(**options: object) -> Engine:
+        sizes = {"max_num_seqs": 16, "max_model_len": 256, "adapter_bytes": TILE_BYTES, "sleeps": True}
+        engines.append(load_engine(llama, **sizes | options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 def requests(made: Tiny) -> list[Request]:
@@ -101,7 +120,7 @@ def test_memory_keeps_addresses_and_what_is_kept_and_a_captured_graph_runs_on() 
         before = used_bytes()
         memory.sleep()
         assert memory.num_bytes == 0
-        assert before - used_bytes() >= held
+        assert before - used_bytes() >= held - SLACK
         memory.wake()
         assert memory.num_bytes == held
         assert [tensor.data_ptr() for tensor in (small, large, into)] == places
@@ -112,19 +131,17 @@ def test_memory_keeps_addresses_and_what_is_kept_and_a_captured_graph_runs_on() 
 
 
 def test_memory_ends_with_its_last_tensor() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
     before = used_bytes()
     memory = VirtualMemory(DEVICE)
     view = memory.cleared((1 << 30,), torch.uint8)[5:6]
-    assert used_bytes() - before >= 1 << 30
+    assert used_bytes() - before >= (1 << 30) - SLACK
     del memory
     view.fill_(1)
     assert view.item() == 1
-    assert used_bytes() - before >= 1 << 30
+    assert used_bytes() - before >= (1 << 30) - SLACK
     del view
     gc.collect()
-    assert used_bytes() - before < 64 * MIB
+    assert used_bytes() - before < SLACK
 
 
 def test_a_pinned_copy_takes_and_gives_bytes_as_they_are() -> None:
@@ -138,9 +155,11 @@ def test_a_pinned_copy_takes_and_gives_bytes_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("is_invariant", [False, True])
-def test_results_are_bit_equal_before_and_after_ten_sleeps(llama: Tiny, is_invariant: bool, report: Report) -> None:
+def test_results_are_bit_equal_before_and_after_ten_sleeps(
+    llama: Tiny, sleeper: Callable[..., Engine], is_invariant: bool, report: Report
+) -> None:
     """With the graphs of before, and as much memory in use after the last sleep as after the first."""
-    engine = sleeper(llama, batch_invariant=is_invariant)
+    engine = sleeper(batch_invariant=is_invariant)
     outputs(engine, llama)  # loads adapters: while one is on its way, steps are made of other rows
     before = outputs(engine, llama)
     asleep: list[int] = []
@@ -154,20 +173,24 @@ def test_results_are_bit_equal_before_and_after_ten_sleeps(llama: Tiny, is_invar
         engine.check_integrity()
         assert outputs(engine, llama) == before
         awake.append(used_bytes())
-    engine.close()
     report(
         f"{(awake[0] - asleep[0]) / MIB:.0f} MiB given back; at the last of ten sleeps"
         f" {(asleep[-1] - asleep[0]) / MIB:.0f} MiB more asleep and {(awake[-1] - awake[0]) / MIB:.0f} more awake"
         " than at the first"
     )
-    assert awake[0] - asleep[0] >= TILE_BYTES
-    assert asleep[-1] - asleep[0] < 64 * MIB
-    assert awake[-1] - awake[0] < 64 * MIB
+    assert awake[0] - asleep[0] >= TILE_BYTES - SLACK
+    assert asleep[-1] - asleep[0] < SLACK
+    assert awake[-1] - awake[0] < SLACK
 
 
-def test_adapters_come_back_into_tiles_and_leave_them_after_a_sleep(llama: Tiny) -> None:
-    """With tiles for one adapter of rank 128: whoever runs evicts the one before."""
-    engine = sleeper(llama, adapter_bytes=None, adapter_slots=1)
+def test_adapters_come_back_into_tiles_and_leave_them_after_a_sleep(
+    llama: Tiny, sleeper: Callable[..., Engine]
+) -> None:
+    """With tiles for one adapter of rank 128: whoever runs evicts the one before.
+
+    Bits are compared though rows have other neighbours the second time, as adapters arrive when they do.
+    """
+    engine = sleeper(adapter_bytes=None, adapter_slots=1, batch_invariant=True)
     before = outputs(engine, llama)
     evictions = engine.stats().adapter_evictions
     engine.sleep()
@@ -179,21 +202,24 @@ def test_adapters_come_back_into_tiles_and_leave_them_after_a_sleep(llama: Tiny)
     after = outputs(engine, llama)
     assert engine.stats().adapter_evictions > evictions
     engine.check_integrity()
-    engine.close()
-    assert [len(tokens) for tokens, _ in after] == [len(tokens) for tokens, _ in before]
-    assert sum(one == other for one, other in zip(before, after, strict=True)) >= len(before) // 2
+    assert after == before
 
 
-def test_waking_without_memory_says_what_is_missing_and_can_be_tried_again(engine: Engine, llama: Tiny) -> None:
+def test_waking_without_memory_says_what_is_missing_takes_none_and_can_be_tried_again(
+    llama: Tiny, sleeper: Callable[..., Engine]
+) -> None:
+    engine = sleeper()
     outputs(engine, llama)
     before = outputs(engine, llama)
     engine.sleep()
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - TILE_BYTES // 2, dtype=torch.uint8, device=DEVICE)
+    left = used_bytes()
     try:
         with pytest.raises(KernelError, match=r"memory of [0-9]+ bytes: out of memory"):
             engine.wake()
         assert engine.is_asleep
+        assert used_bytes() - left < SLACK, "the part that there was room for"
     finally:
         del taken
         torch.cuda.empty_cache()
@@ -225,12 +251,12 @@ def test_an_engine_process_holds_two_gigabytes_at_the_most_while_asleep(llama: T
             shell.said.clear()
             job = item(max_tokens=20, adapter=adapter)
             shell.send(Add(items=(job,)))
-            shell.listen(has(Finished))
+            shell.listen(has(Finished), START_S)
             told.append(shell.finished()[job.key].token_ids)
             awake = used_bytes() - before
             shell.said.clear()
             shell.send(Sleep())
-            shell.listen(has(EngineStats))
+            shell.listen(has(Asleep))
             asleep = used_bytes() - before
             (answer,) = (m for m in shell.said if isinstance(m, Asleep))
             shell.send(Wake())
@@ -241,7 +267,7 @@ def test_an_engine_process_holds_two_gigabytes_at_the_most_while_asleep(llama: T
         )
         assert told[0] == told[1] == told[2]
         assert asleep <= ASLEEP_BYTES
-        assert awake - asleep >= TILE_BYTES
+        assert awake - asleep >= TILE_BYTES - SLACK
         assert abs(answer.device_bytes - asleep) < 512 * MIB
         shell.send(Shutdown())
         shell.listen_to_end()
@@ -264,4 +290,8 @@ def test_a_process_that_is_killed_asleep_leaves_nothing_on_the_device(llama: Tin
         shell.process.kill()
     finally:
         shell.close()
-    assert used_bytes() - before < 64 * MIB
+    # The driver may clear up after the process has been waited for.
+    deadline = time.monotonic() + 60.0
+    while used_bytes() - before >= SLACK:
+        assert time.monotonic() < deadline, f"{used_bytes() - before} bytes are held by nobody"
+        time.sleep(0.05)

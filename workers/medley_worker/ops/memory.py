@@ -47,7 +47,7 @@ class Memory(Protocol):
     def wake(self) -> None:
         """Have memory at the same addresses again, filled. Returns when it is.
 
-        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        Raises RuntimeError where the device has not that much any more; none is taken then, and it may be tried again.
         """
         ...
 

@@ -160,21 +160,32 @@ class VirtualMemory:
             torch.cuda.synchronize()
             if not self._copies:
                 self._copies = [self._copy(block) for block in self._kept]
-            for block in (*self._kept, *self._cleared):
-                block.range.unmap()
+            self._unmap()
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # and this thread has the device's context
-            for block, copy in zip(self._kept, self._copies, strict=True):
-                for piece in block.range.map():
-                    with torch.cuda.stream(self._stream):
-                        block.memory[piece].copy_(copy.memory[piece], non_blocking=True)
-            for block in self._cleared:
-                for piece in block.range.map():
-                    block.memory[piece].zero_()
-            torch.cuda.synchronize()
+            try:
+                self._fill()
+            except BaseException:
+                self._unmap()  # a part is of no use here, and may be of use to others
+                raise
+
+    def _fill(self) -> None:
+        for block, copy in zip(self._kept, self._copies, strict=True):
+            for piece in block.range.map():
+                with torch.cuda.stream(self._stream):
+                    block.memory[piece].copy_(copy.memory[piece], non_blocking=True)
+        for block in self._cleared:
+            for piece in block.range.map():
+                block.memory[piece].zero_()
+        torch.cuda.synchronize()
+
+    def _unmap(self) -> None:
+        torch.cuda.synchronize()
+        for block in (*self._kept, *self._cleared):
+            block.range.unmap()
 
     def _new_block(self, num_bytes: int) -> _Block:
         with torch.cuda.device(self._device):
