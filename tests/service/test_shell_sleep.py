@@ -123,6 +123,58 @@ def test_sigterm_ends_a_sleeping_worker_and_its_engine(site: Site) -> None:
     assert not engine.is_running()
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_worker_that_is_to_go_does_not_wait_for_an_engine_that_falls_asleep(site: Site, is_told: bool) -> None:
+    """is_told: by its row; else by SIGTERM."""
+    shell = start(site)
+    engine = psutil.Process(shell.engine_pid())
+    engine.suspend()  # it will not answer
+    site.desire(shell, WorkerState.ASLEEP)
+    site.wait_state(shell, "draining")
+    if is_told:
+        site.desire(shell, WorkerState.GONE)
+    else:
+        shell.send(signal.SIGTERM)
+    assert shell.wait(12) == 0, shell.log()
+    assert [row.state for row in site.workers()] == ["gone"]
+    assert not engine.is_running()
+
+
+def test_a_sleeping_worker_that_loses_its_lease_ends_with_its_engine(site: Site) -> None:
+    shell = start(site, MEDLEY_LEASE_S="1.5")
+    sleep(site, shell)
+    engine = psutil.Process(shell.engine_pid())
+    shell.send(signal.SIGSTOP)
+
+    def is_gone() -> bool:
+        site.reclaim()
+        return [row.state for row in site.workers()] == ["gone"]
+
+    site.wait_until("a worker given up", is_gone)
+    shell.send(signal.SIGCONT)
+    assert shell.wait() == 4, shell.log()
+    assert not engine.is_running()
+
+
+def test_a_worker_whose_state_is_changed_faster_than_it_follows_ends_as_it_was_told_last(site: Site) -> None:
+    shell = start(site)
+    before = texts(site, shell, {"prompt": "abc"})
+    for i in range(12):
+        num_heard = shell.log().count("worker.desired")
+        site.desire(shell, WorkerState.ACTIVE if i % 2 else WorkerState.ASLEEP)
+        site.wait_until("it heard", lambda n=num_heard: shell.log().count("worker.desired") > n)  # type: ignore[misc]
+    batch = site.submit({"prompt": "abc"})
+
+    def is_done() -> bool:
+        site.ring(shell, site.claim(shell))  # again where it was given back, by a sleep that was under way
+        return bool(site.results(batch))
+
+    site.wait_until("a result", is_done)
+    assert [row.text for row in site.results(batch)] == before
+    site.wait_state(shell, "active")
+    assert shell.log().count("engine.started") == 1
+
+
 def test_sigkill_of_a_sleeping_worker_ends_its_engine(site: Site) -> None:
     shell = start(site)
     sleep(site, shell)

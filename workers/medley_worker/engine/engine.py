@@ -320,10 +320,10 @@ class Engine:
     def forget(self, adapters: Iterable[AdapterRef]) -> None:
         """Drop these adapters from device and host memory, but for those of requests in flight."""
         used = {sequence.adapter for sequence in self._sequences.values()}
-        for ref in adapters:
-            key = (ref.tenant, ref.revision)
-            if key not in used:
-                self._parts.residency.remove(key)
+        gone = {(ref.tenant, ref.revision) for ref in adapters} - used
+        self._parts.scheduler.forget_upcoming(gone)  # or they would be read again
+        for key in gone:
+            self._parts.residency.remove(key)
 
     def stats(self) -> EngineStats:
         """Totals since the engine started, and what it holds now."""

@@ -33,7 +33,7 @@ class Feed:
                 self._given = {}
             self._link, self._resting = link, None
             if self._expected:
-                link.send(Upcoming(self._expected))
+                self._announce(link, self._expected)
         self.offer()
 
     def rest(self) -> None:
@@ -53,21 +53,20 @@ class Feed:
                 return
             items, later = self._held.enter()
             if items:
-                adapters = (*(item.adapter for item in items if item.adapter is not None), *later)
-                self._given |= {adapter.revision: adapter for adapter in adapters}
+                self._note(item.adapter for item in items if item.adapter is not None)
                 self._link.add(items)
                 if later:
-                    self._link.send(Upcoming(_joined(later, self._expected)))
+                    self._announce(self._link, _joined(later, self._expected))
 
     def expect(self, adapters: tuple[AdapterRef, ...]) -> None:
         """Adapters of jobs that are likely to be assigned next, nearest first, in place of those named before."""
         with self._lock:
             self._expected = adapters
             if self._link is not None:
-                self._link.send(Upcoming(_joined(self._held.later(), adapters)))
+                self._announce(self._link, _joined(self._held.later(), adapters))
 
     def given(self) -> list[UUID]:
-        """The adapter revisions of which the engine may hold something."""
+        """The adapter revisions of which the engine may hold something: of its jobs, and those announced to it."""
         with self._lock:
             return list(self._given)
 
@@ -76,6 +75,7 @@ class Feed:
         with self._lock:
             held = self._held.revisions()
             gone = [self._given.pop(r) for r in revisions if r in self._given and r not in held]
+            self._expected = tuple(adapter for adapter in self._expected if adapter not in gone)
             link = self._link or self._resting
             if gone and link is not None:
                 link.send(Forget(tuple(gone)))
@@ -86,6 +86,13 @@ class Feed:
         with self._lock:
             if self._link is not None:
                 self._link.send(message)
+
+    def _announce(self, link: EngineLink, adapters: tuple[AdapterRef, ...]) -> None:
+        self._note(adapters)  # the engine reads them into the host's memory, whether their jobs come or not
+        link.send(Upcoming(adapters))
+
+    def _note(self, adapters: Iterable[AdapterRef]) -> None:
+        self._given |= {adapter.revision: adapter for adapter in adapters}
 
 
 def _joined(*parts: tuple[AdapterRef, ...]) -> tuple[AdapterRef, ...]:

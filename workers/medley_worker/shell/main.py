@@ -30,10 +30,11 @@ from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
 from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.ahead import Ahead
-from medley_worker.shell.controller import Controller, EngineUseless
+from medley_worker.shell.controller import Controller
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.inbox import Inbox
+from medley_worker.shell.inquest import EngineUseless
 from medley_worker.shell.intake import Intake, Preparation
 from medley_worker.shell.lease import Lease
 from medley_worker.shell.messages import Messages
