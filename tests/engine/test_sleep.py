@@ -103,6 +103,25 @@ def test_with_requests_in_flight_or_without_a_way_sleep_is_refused_and_nothing_c
     awake.close()
 
 
+def test_without_room_for_what_is_kept_an_engine_stays_awake_and_works(
+    engine: Engine, tiny_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = outputs(engine, [None, *tiny_adapters])
+
+    def refuse(_: HostMemory) -> None:
+        raise RuntimeError("host memory: too little")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostMemory, "sleep", refuse)
+        with pytest.raises(RuntimeError, match="too little"):
+            engine.sleep()
+    assert not engine.is_asleep
+    assert outputs(engine, [None, *tiny_adapters]) == before
+    engine.sleep()
+    engine.wake()
+    assert outputs(engine, [None, *tiny_adapters]) == before
+
+
 def test_an_engine_asleep_takes_no_requests_and_can_be_closed(engine: Engine) -> None:
     engine.sleep()
     with pytest.raises(RuntimeError, match="asleep"):

@@ -28,6 +28,7 @@ from medley.spec.wire import (
     Wake,
 )
 from medley_worker import Engine, Request, SamplingParams
+from medley_worker.ops import memory_cuda
 from medley_worker.ops.kernels import KernelError
 from medley_worker.ops.memory_cuda import PIECE_BYTES, PinnedCopy, VirtualMemory
 
@@ -223,6 +224,25 @@ def test_waking_without_memory_says_what_is_missing_takes_none_and_can_be_tried_
     finally:
         del taken
         torch.cuda.empty_cache()
+    engine.wake()
+    outputs(engine, llama)
+    assert outputs(engine, llama) == before
+
+
+def test_without_room_on_the_host_an_engine_stays_awake_and_works(
+    llama: Tiny, sleeper: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = sleeper()
+    outputs(engine, llama)
+    before = outputs(engine, llama)
+    with monkeypatch.context() as patched:
+        patched.setattr(memory_cuda, "HOST_SHARE", 0.0)
+        with pytest.raises(RuntimeError, match=r"host memory: [0-9]+ bytes are wanted"):
+            engine.sleep()
+    assert not engine.is_asleep
+    outputs(engine, llama)
+    assert outputs(engine, llama) == before
+    engine.sleep()
     engine.wake()
     outputs(engine, llama)
     assert outputs(engine, llama) == before

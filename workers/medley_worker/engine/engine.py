@@ -286,7 +286,7 @@ class Engine:
         """Give the device's memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
 
         Addresses stay, and with them what was captured. Raises RuntimeError with requests in flight, where `can_sleep`
-        is false, or where the host has no room for the weights; the engine is of no use after the last.
+        is false, or, as OSError too, where the host has no room for the weights; the engine stays awake then.
         """
         if self._is_asleep:
             return
@@ -295,8 +295,8 @@ class Engine:
         if self.has_work:
             raise RuntimeError("sleep() wants an engine without requests in flight; release() them")
         self._parts.residency.evict_all()
-        self._is_asleep = True
         self._parts.memory.sleep()
+        self._is_asleep = True
 
     def wake(self) -> None:
         """Have the memory again, with the weights in it, at the same addresses.

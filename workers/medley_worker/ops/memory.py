@@ -41,7 +41,9 @@ class Memory(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give the memory back. Raises RuntimeError or OSError; there is no way on from there but the process's end."""
+        """Give the memory back. Raises RuntimeError or OSError where the host has no room for what is kept; all of it
+        is where it was then.
+        """
         ...
 
     def wake(self) -> None:
