@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 3 };
+enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 4 };
 enum { MEDLEY_BF16 = 0, MEDLEY_FP16 = 1 };
 // How weights arrive. Shrink and expand are two launches, whose sums over K meet in a workspace.
 enum {
@@ -68,6 +68,18 @@ int medley_sgmv_room(const MedleyGroup* group, int32_t block_rows, int32_t mode,
 // is also written, last_token[row_map[row]].
 int medley_greedy(const float* logits, int64_t rows, int64_t vocab, int64_t* tokens, float* logprobs, uint8_t* is_bad,
                   const int64_t* row_map, int64_t* last_token, void* stream, char* error, int64_t error_bytes);
+
+// Virtual memory. Addresses and sizes are multiples of the granularity; the device's context is current. Nothing that
+// runs may use what is unmapped: the caller waits for it before.
+// The granularity of a device's memory in bytes; 0 where the device or its driver has no virtual memory.
+int medley_memory_granularity(int32_t device, int64_t* granularity, char* error, int64_t error_bytes);
+// Addresses without memory, and their end, once nothing is mapped there.
+int medley_memory_reserve(int64_t size, uint64_t* address, char* error, int64_t error_bytes);
+int medley_memory_release(uint64_t address, int64_t size, char* error, int64_t error_bytes);
+// Memory with anything in it at reserved addresses, as a whole, and its end. All or nothing; `handle` knows the memory.
+int medley_memory_map(int32_t device, uint64_t address, int64_t size, uint64_t* handle, char* error,
+                      int64_t error_bytes);
+int medley_memory_unmap(uint64_t address, int64_t size, uint64_t handle, char* error, int64_t error_bytes);
 
 #ifdef __cplusplus
 }

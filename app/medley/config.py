@@ -111,7 +111,15 @@ class WorkerSettings:
     batch_invariant: bool = False
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
     store_cache_bytes: int = 20 << 30
-    starts_asleep: bool = True  # asleep until the dispatcher wakes it: the model is not loaded
+    starts_asleep: bool = True  # asleep until the dispatcher wakes it
+    # What an engine does while the worker is asleep. "off": there is none. "host": it has its weights in host memory.
+    # "warm": the same, and one is loaded before the worker is first woken. None: "host" on CUDA, "off" on a CPU.
+    sleep: str | None = None
+
+    @property
+    def keeps_engine(self) -> bool:
+        """Whether an engine stays while the worker is asleep."""
+        return self.device.startswith("cuda") if self.sleep is None else self.sleep != "off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +350,7 @@ def _worker(read: _Reader) -> WorkerSettings:
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
         store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
+        sleep=read.optional_choice("MEDLEY_SLEEP", {"off", "host", "warm"}),
     )
 
 

@@ -36,7 +36,7 @@ POOL = "default"
 BOS, EOS = 256, 257
 VOCAB = 258
 HIDDEN = 32
-WAIT_S = 60.0  # importing torch on a busy machine
+WAIT_S = 180.0  # several engines one after another, each of which imports torch, on a busy machine
 
 
 def make_model(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from medley_worker.engine.sizing import CPU_HOST_BYTES
 from medley_worker.engine.tiles import TilePool
 from medley_worker.ops.lora import LoraBatch, build_lora_batch
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, LoraStage, TileLayout, tile_layout
+from medley_worker.ops.memory import Memory, PlainMemory
 
 __all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "layout_for"]
 
@@ -64,14 +65,14 @@ class StagedLora:
         return build_lora_batch(adapters, num_tokens, self.stage)
 
 
-def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int) -> Lora:
+def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int, memory: Memory) -> Lora:
     if isinstance(layout, TileLayout):
         return StagedLora(LoraStage(layout, pool))
     from medley_worker.ops.sgmv import SgmvLora
     from medley_worker.ops.sgmv_layout import FragmentLayout
 
     assert isinstance(layout, FragmentLayout)
-    return SgmvLora(layout, pool, max_tokens, max_adapters)
+    return SgmvLora(layout, pool, max_tokens, max_adapters, memory=memory)
 
 
 class AdapterCache:
@@ -95,17 +96,21 @@ class AdapterCache:
         max_tokens: int = 2048,
         max_adapters: int = 64,
         copier: Copier | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """max_tokens, max_adapters: of one step. copier: for tests; the device has its own."""
+        """max_tokens, max_adapters: of one step. copier: for tests; the device has its own.
+
+        memory: where tiles and workspaces lie on the device; None: torch's own.
+        """
         device = torch.device(device)
+        memory = PlainMemory(device) if memory is None else memory
         self._copier = new_copier(device) if copier is None else copier
         layout = self._layout = layout_for(model, device)
         self._loader = AdapterLoader(model, layout, dtype, self._copier, host_bytes)
-        self._memory = self._copier.new_device(num_tiles + 1, layout.tile_elements, dtype)  # the last one stays zeros
+        self._memory = memory.cleared((num_tiles + 1, layout.tile_elements), dtype)  # the last one stays zeros
         # An adapter's scales lie where its first tile says, so that they live and die with it.
-        self._scales = self._copier.new_device(num_tiles, layout.num_layers * len(SITES), torch.float32)
-        self._scales = self._scales.view(num_tiles, layout.num_layers, len(SITES))
-        self.lora = _new_lora(layout, self._memory, max_tokens, max_adapters)
+        self._scales = memory.cleared((num_tiles, layout.num_layers, len(SITES)), torch.float32)
+        self.lora = _new_lora(layout, self._memory, max_tokens, max_adapters, memory)
         self._tiles: TilePool[AdapterKey] = TilePool(num_tiles)
         self._sources: dict[AdapterKey, AdapterSource] = {}
         self._paths: dict[AdapterKey, Path] = {}  # of adapters that come and are not registered
@@ -155,6 +160,16 @@ class AdapterCache:
             self._release(key)
         self._loader.drop(key)
         self._sources.pop(key, None)
+
+    def evict_all(self) -> None:
+        """Leave every tile, before the device's memory goes. Nobody has pinned any, and no step is under way.
+
+        Host copies stay.
+        """
+        for key in self.resident():
+            self._release(key)
+        self._read_in = [0] * self.num_tiles
+        self._last_batch = ((), None)  # its list of work names addresses of what was there
 
     def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
         """Unregister what is neither resident nor wanted. Host copies stay: what a key names never changes."""

@@ -25,7 +25,9 @@ from medley_worker.engine.sequences import Sequence
 from medley_worker.engine.sizing import DeviceMemory, EngineSizes, Shape, host_copy_bytes, size_engine
 from medley_worker.models import Decoder, KVCache, load_model
 from medley_worker.models.kv import kv_page_size
+from medley_worker.ops.device_usage import DeviceUsage
 from medley_worker.ops.lora_stage import TILE_RANKS
+from medley_worker.ops.memory import Memory, new_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +44,8 @@ class Parts:
     scheduler: Scheduler
     forward: Forward
     pace: Pace | None
+    memory: Memory
+    usage: DeviceUsage
 
 
 def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) -> Parts:
@@ -58,6 +62,9 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         raise ValueError(f"device: got {config.device!r}, wanted cpu, cuda or cuda:<n>")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: got {config.device!r}, but torch finds no CUDA device here; wanted cpu")
+    device = torch.device(config.device)
+    usage = DeviceUsage(device)  # first of all
+    memory = new_memory(device, sleeps=config.sleeps)
     decoder: Decoder | None = None
     if config.forward == "null":
         model = read_base_model(Path(config.model_dir), need_weights=False)
@@ -68,10 +75,10 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
             dtype=dtype,
             load_format=config.load_format,
             seed=config.seed,
+            memory=memory,
         )
         model = decoder.config
-    device = torch.device(config.device)
-    sizes = size_engine(config, model, _shape(model, dtype, device), _memory(device))
+    sizes = size_engine(config, model, _shape(model, dtype, device), _memory(device, memory))
     cache = AdapterCache(
         model,
         num_tiles=sizes.num_tiles,
@@ -80,6 +87,7 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         host_bytes=host_copy_bytes(config, _free_host_bytes()),
         max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,  # decode rows are padded to a bucket
         max_adapters=sizes.max_num_seqs,
+        memory=memory,
     )
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)
     pages = PagePool(sizes.num_pages, sizes.page_size)
@@ -90,9 +98,10 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
     if decoder is None:
         forward = NullForward(rows, model.vocab_size)
     else:
-        kv = decoder.new_kv_cache(sizes.num_pages)
-        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant)
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace)
+        kv = decoder.new_kv_cache(sizes.num_pages, memory=memory)
+        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant, memory)
+    usage.settle(memory)
+    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, memory, usage)
 
 
 def _forward(
@@ -103,13 +112,22 @@ def _forward(
     scheduler: Scheduler,
     sizes: EngineSizes,
     is_invariant: bool,
+    memory: Memory,
 ) -> Forward:
     if decoder.device.type == "cuda":
         # FlashInfer is installed where there is CUDA.
         from medley_worker.engine.cuda_forward import CudaForward
 
-        max_tokens = sizes.max_num_batched_tokens
-        return CudaForward(decoder, kv, cache, rows, scheduler, max_tokens=max_tokens, is_invariant=is_invariant)
+        return CudaForward(
+            decoder,
+            kv,
+            cache,
+            rows,
+            scheduler,
+            max_tokens=sizes.max_num_batched_tokens,
+            is_invariant=is_invariant,
+            memory=memory,
+        )
     return ModelForward(decoder, kv, cache, rows, scheduler)
 
 
@@ -131,13 +149,13 @@ def _shape(model: BaseModel, dtype: torch.dtype, device: torch.device) -> Shape:
     )
 
 
-def _memory(device: torch.device) -> DeviceMemory | None:
+def _memory(device: torch.device, memory: Memory) -> DeviceMemory | None:
     """What the weights have left of a CUDA device."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()  # what loading the weights took for a moment
     free, _ = torch.cuda.mem_get_info(device)
-    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device))
+    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device) + memory.num_bytes)
 
 
 def _free_host_bytes() -> int:

@@ -31,6 +31,7 @@ from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_co
 from medley_worker.engine.token_passes import token_passes
 from medley_worker.models import Decoder, ForwardBatch, KVCache
 from medley_worker.ops.greedy import greedy
+from medley_worker.ops.memory import Memory, PlainMemory
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
 from medley_worker.ops.sampling import SamplingRow, build_sampling_batch, sample
@@ -117,7 +118,9 @@ class CudaForward:
         *,
         max_tokens: int,
         is_invariant: bool = False,
+        memory: Memory | None = None,
     ) -> None:
+        """memory: where logits and workspaces lie on the device; None: torch's own."""
         self._decoder, self._kv, self._adapters = decoder, kv, adapters
         self._rows, self._scheduler = rows, scheduler
         self._is_invariant = is_invariant
@@ -134,7 +137,8 @@ class CudaForward:
         self._block = torch.zeros(self._layout.num_ints, dtype=torch.int32, device=device)
         self._fields = self._layout.cut(self._block)
         self._results = torch.zeros(RESULT_BYTES * num_rows, dtype=torch.uint8, device=device)
-        self._logits = torch.zeros((num_rows, decoder.config.vocab_size), dtype=torch.float32, device=device)
+        memory = PlainMemory(device) if memory is None else memory
+        self._logits = memory.cleared((num_rows, decoder.config.vocab_size), torch.float32)
         # One more: what padded rows draw goes there.
         self._last_token = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._attention = PagedAttention(
@@ -146,6 +150,7 @@ class CudaForward:
             kv_indices=self._fields.kv_indices,
             last_page_len=self._fields.last_page_len,
             is_invariant=is_invariant,
+            memory=memory,
         )
         self._inputs = cycle([_Input(self._layout, self._attention.windows) for _ in range(NUM_BUFFERS)])
         self._outputs = cycle([_Output(num_rows) for _ in range(NUM_BUFFERS)])

@@ -14,6 +14,7 @@ from medley.spec.base_models import BaseModel
 from medley_worker.models.batch import ForwardBatch
 from medley_worker.models.kv import KVCache, kv_page_size
 from medley_worker.ops.backend import new_backend
+from medley_worker.ops.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,11 @@ class Decoder:
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self._ops = new_backend(config, self.dtype, self.device)
 
-    def new_kv_cache(self, num_pages: int, page_size: int | None = None) -> KVCache:
-        """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own."""
+    def new_kv_cache(self, num_pages: int, page_size: int | None = None, memory: Memory | None = None) -> KVCache:
+        """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own.
+
+        memory: where it lies on the device; None: torch's own.
+        """
         return KVCache(
             num_layers=self.config.num_layers,
             num_pages=num_pages,
@@ -60,6 +64,7 @@ class Decoder:
             dtype=self.dtype,
             device=self.device,
             page_size=kv_page_size(self.device) if page_size is None else page_size,
+            memory=memory,
         )
 
     @torch.inference_mode()

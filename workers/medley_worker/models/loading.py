@@ -6,6 +6,7 @@ gives; all that is wrong is reported at once.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from medley.spec.adapters import FLOAT_DTYPES
 from medley.spec.base_models import BaseModel, UnsupportedModel, linear_sites, read_base_model
 from medley.spec.errors import Fault
 from medley_worker.models.decoder import Decoder, DecoderWeights, LayerWeights
+from medley_worker.ops.memory import Memory, PlainMemory
 
 LOAD_FORMATS = ("safetensors", "random")
 RANDOM_STD = 0.02  # transformers' own initializer_range
@@ -29,8 +31,9 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     load_format: str = "safetensors",
     seed: int = 0,
+    memory: Memory | None = None,
 ) -> Decoder:
-    """The model in a folder, on `device`, in `dtype`.
+    """The model in a folder, on `device`, in `dtype`. memory: where its weights lie on `device`; None: torch's own.
 
     load_format "random" makes weights from the configuration and `seed`, and reads no weight files.
     Raises UnsupportedModel with every fault of configuration or weights, ValueError for an unknown load_format.
@@ -40,7 +43,7 @@ def load_model(
         raise ValueError(f"load_format is {load_format!r}, wanted one of {', '.join(LOAD_FORMATS)}")
     config = read_base_model(model_dir, need_weights=load_format == "safetensors")
     device = torch.device(device)
-    places = _Places(config, dtype, device)
+    places = _Places(config, dtype, PlainMemory(device) if memory is None else memory)
     if load_format == "random":
         _fill_randomly(places, config, seed)
     else:
@@ -75,20 +78,19 @@ class _Places:
     So a weight is written once, where it stays: packing copies nothing on CUDA, and a layer at a time on CPU.
     """
 
-    def __init__(self, config: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: BaseModel, dtype: torch.dtype, memory: Memory) -> None:
         self._config = config
         self._by_name: dict[str, Tensor] = {}
         self._groups: dict[str, Tensor] = {}  # by the name of the group's first tensor
         shapes = tensor_shapes(config)
-        for names in _groups(config):
-            rows = [shapes[name][0] for name in names]
-            shape = (sum(rows), *shapes[names[0]][1:])
-            if _is_row_major(names[0], device):
-                group = torch.empty(shape[::-1], dtype=dtype, device=device).t()
-            else:
-                group = torch.empty(shape, dtype=dtype, device=device)
+        groups = _groups(config)
+        whole = [(sum(shapes[name][0] for name in names), *shapes[names[0]][1:]) for names in groups]
+        blocks = memory.kept([math.prod(shape) * dtype.itemsize for shape in whole])
+        for names, shape, block in zip(groups, whole, blocks, strict=True):
+            flat = block.view(dtype)
+            group = flat.view(shape[::-1]).t() if _is_row_major(names[0], flat.device) else flat.view(shape)
             self._groups[names[0]] = group
-            self._by_name |= dict(zip(names, torch.split(group, rows), strict=True))
+            self._by_name |= dict(zip(names, torch.split(group, [shapes[name][0] for name in names]), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         """Where the tensor `name` is to be written."""

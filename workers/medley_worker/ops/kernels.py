@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 import numpy as np
@@ -15,7 +15,7 @@ MAX_SITES, MAX_TILES = 3, 16
 MODES = {"ring": 0, "bulk": 1}
 HEADER = 8  # numbers before a group's items
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_ABI = 3
+_ABI = 4
 _ERROR_BYTES = 512
 
 # MedleyItem of csrc/medley.h.
@@ -98,6 +98,16 @@ class Kernels:
             c_void_p,
             *error,
         )
+        self._granularity = handle.medley_memory_granularity
+        self._granularity.argtypes = (c_int32, POINTER(c_int64), *error)
+        self._reserve = handle.medley_memory_reserve
+        self._reserve.argtypes = (c_int64, POINTER(c_uint64), *error)
+        self._release = handle.medley_memory_release
+        self._release.argtypes = (c_uint64, c_int64, *error)
+        self._map = handle.medley_memory_map
+        self._map.argtypes = (c_int32, c_uint64, c_int64, POINTER(c_uint64), *error)
+        self._unmap = handle.medley_memory_unmap
+        self._unmap.argtypes = (c_uint64, c_int64, c_uint64, *error)
 
     def sgmv(self, group: Group, call: Call, stream: int) -> None:
         """Launch on `stream`. Raises KernelError naming the argument that is wrong."""
@@ -142,6 +152,32 @@ class Kernels:
                 _ERROR_BYTES,
             )
         )
+
+    def granularity(self, device_index: int) -> int:
+        """Of the device's virtual memory, in bytes; 0 where it has none."""
+        found = c_int64()
+        self._check(self._granularity(device_index, byref(found), self._error, _ERROR_BYTES))
+        return found.value
+
+    def reserve(self, num_bytes: int) -> int:
+        """An address with `num_bytes` behind it, without memory. Raises KernelError."""
+        address = c_uint64()
+        self._check(self._reserve(num_bytes, byref(address), self._error, _ERROR_BYTES))
+        return address.value
+
+    def release(self, address: int, num_bytes: int) -> None:
+        """The end of what `reserve` gave; nothing is mapped there any more. Raises KernelError."""
+        self._check(self._release(address, num_bytes, self._error, _ERROR_BYTES))
+
+    def map(self, device_index: int, address: int, num_bytes: int) -> int:
+        """Put memory at reserved addresses, all or nothing. Returns its handle. Raises KernelError."""
+        handle = c_uint64()
+        self._check(self._map(device_index, address, num_bytes, byref(handle), self._error, _ERROR_BYTES))
+        return handle.value
+
+    def unmap(self, address: int, num_bytes: int, handle: int) -> None:
+        """Give back what `map` put there, as a whole. Nothing that runs uses it. Raises KernelError."""
+        self._check(self._unmap(address, num_bytes, handle, self._error, _ERROR_BYTES))
 
     def _check(self, code: int) -> None:
         if code:

@@ -30,10 +30,11 @@ from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
 from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.ahead import Ahead
-from medley_worker.shell.controller import Controller, EngineUseless
+from medley_worker.shell.controller import Controller
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.inbox import Inbox
+from medley_worker.shell.inquest import EngineUseless
 from medley_worker.shell.intake import Intake, Preparation
 from medley_worker.shell.lease import Lease
 from medley_worker.shell.messages import Messages
@@ -83,6 +84,8 @@ class Shell:
         )
         self._controller = controller = Controller(
             config=engine_config(settings, model_dir),
+            keeps_engine=settings.worker.keeps_engine,
+            warms_engine=settings.worker.sleep == "warm",
             worker=worker,
             transactions=transactions,
             held=held,
@@ -172,6 +175,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         adapter_host_bytes=worker.adapter_host_bytes,
         max_tpot_ms=worker.max_tpot_ms,
         batch_invariant=worker.batch_invariant,
+        sleeps=worker.keeps_engine,
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 from medley.db.ends import Result
 from medley.db.queue import Release
 from medley.spec.jobs import Details, FinishReason, JobState
-from medley.spec.wire import Abort, EngineStats, Finished, FromEngine, Progress, Ready, Released, Running
+from medley.spec.wire import Abort, Asleep, Awake, EngineStats, Finished, FromEngine, Progress, Ready, Released, Running
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
 from medley_worker.shell.report import Report
@@ -54,7 +54,7 @@ class Outcomes:
                     released.append(message)
                 case EngineStats():
                     self._report.engine_says(message)
-                case Ready():
+                case Ready() | Asleep() | Awake():
                     pass  # of the engine, not of jobs: its controller hears it
         if finished:
             self._finish(finished)
