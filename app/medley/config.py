@@ -181,6 +181,12 @@ def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | Non
     return _database_url(read)
 
 
+def redis_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
+    """MEDLEY_REDIS_URL and what belongs to it, for commands that can do without; None where it is not set."""
+    read = _Reader(os.environ if environ is None else environ)
+    return None if read.secret("MEDLEY_REDIS_URL") is None else _redis_url(read)
+
+
 def role_passwords_from_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The passwords that the first migration gives to its roles, by key; those that are set."""
     read = _Reader(os.environ if environ is None else environ)

@@ -30,10 +30,9 @@ from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
 from medley.health import beat
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, RUN_JOBS_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
-RUN_JOBS_TASK = "medley.run_jobs"
 EXPECT_TASK = "medley.expect"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
@@ -54,6 +53,7 @@ _DESIRED = {
     Phase.DRAINING: WorkerState.DRAINING,
     Phase.ASLEEP: WorkerState.ASLEEP,
 }
+_HOLDS = {None: None, WorkerState.ACTIVE: Phase.ACTIVE, WorkerState.ASLEEP: Phase.ASLEEP}
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -345,15 +345,12 @@ class Dispatcher:
         return lifted.tenants
 
     def _desire(self, desires: dict[UUID, Phase]) -> None:
-        def write(conn: Connection) -> None:
-            for worker, phase in sorted(desires.items()):
-                workers.desire(conn, worker, _DESIRED[phase])
+        def write(conn: Connection) -> list[UUID]:
+            return [w for w, phase in sorted(desires.items()) if workers.desire(conn, w, _DESIRED[phase])]
 
-        self._write(write)
-        for worker, phase in desires.items():
-            log.info("worker.desired", worker=worker.hex, state=_DESIRED[phase].value)
-            # A message without ids: the worker looks at its row.
-            self._ringer.send_task(RUN_JOBS_TASK, (), queue=worker_queue(worker))
+        for worker in self._write(write):
+            log.info("worker.desired", worker=worker.hex, state=_DESIRED[desires[worker]].value)
+            self._ringer.tell_worker(worker)
 
     def _claim(self, plan: Plan) -> int:
         """Claims in the order of turns, some of one worker's a transaction, and rings. Returns how many jobs."""
@@ -388,6 +385,7 @@ def _stands(row: Row[Any]) -> Stands:
         row.unchanged_s,
         row.num_tiles or None,
         Totals.of(row.stats),
+        _HOLDS[row.held_state],
     )
 
 

@@ -187,9 +187,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tiles_used: int = 0
     num_tiles: int = 0
     resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
+    device_bytes: int | None = None  # of the GPU's memory that is taken, by whomever; None on CPU
+    device_total_bytes: int | None = None
 
 
-FromEngine = Ready | Running | Progress | Finished | Released | EngineStats
+class Batch(msgspec.Struct, frozen=True, tag=True):
+    """The jobs that hold rows now: those that decode, and those whose prompts are being computed. Sent each second."""
+
+    decoding: tuple[JobKey, ...] = ()
+    prefilling: tuple[JobKey, ...] = ()
+
+
+FromEngine = Ready | Running | Progress | Finished | Released | EngineStats | Batch
 
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

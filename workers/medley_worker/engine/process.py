@@ -32,7 +32,9 @@ from medley.spec.jobs import Checkpoint
 from medley.spec.wire import (
     Abort,
     Add,
+    Batch,
     EngineConfig,
+    EngineStats,
     Finished,
     Forget,
     FrameReader,
@@ -99,6 +101,7 @@ class Service:
         self._outbox = outbox
         self._failpoint = failpoint
         self._stats_at = time.monotonic()  # when the next statistics are due
+        self._said_batch = Batch()
         engine.on_entering = self._entering
 
     def run(self) -> None:
@@ -109,8 +112,21 @@ class Service:
             now = time.monotonic()
             if now >= self._stats_at:
                 self._stats_at = now + STATS_INTERVAL_S
-                self._send(self._engine.stats())
-        self._send(self._engine.stats())
+                self._send(*self._batch(), self._stats())
+        self._send(self._stats())
+
+    def _stats(self) -> EngineStats:
+        if self._engine.config.device == "cpu":
+            return self._engine.stats()
+        free, total = torch.cuda.mem_get_info()
+        return msgspec.structs.replace(self._engine.stats(), device_bytes=total - free, device_total_bytes=total)
+
+    def _batch(self) -> list[Batch]:
+        """Who is in the rows now; nothing while there is no work and was none."""
+        decoding, prefilling = self._engine.in_rows()
+        batch = Batch(cast(tuple[JobKey, ...], tuple(decoding)), cast(tuple[JobKey, ...], tuple(prefilling)))
+        was, self._said_batch = self._said_batch, batch
+        return [batch] if self._engine.has_work or was != batch else []
 
     def _take_messages(self) -> bool:
         """Handle what has arrived; without work, wait for it. False after Shutdown."""

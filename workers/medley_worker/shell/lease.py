@@ -90,4 +90,5 @@ class Lease:
             room=said.room,
             resident=said.resident,
             stats=said.stats,
+            batch=said.batch,
         )
