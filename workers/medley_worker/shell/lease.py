@@ -52,7 +52,7 @@ class Lease:
         Its last renewal is made here, so that its row holds all that it has done.
         """
         self._is_given_up = True
-        with contextlib.suppress(Unreachable, LeaseLost):
+        with contextlib.suppress(*Unreachable, LeaseLost):
             self._transactions.run(self._renew)
 
     def renew_soon(self) -> None:
