@@ -100,7 +100,7 @@ def calls_of(folder: Path) -> list[dict[str, Any]]:
 def test_an_executable_is_told_what_is_missing_and_what_may_go(
     ledger: Ledger, start: Callable[..., Process], tmp_path: Path
 ) -> None:
-    tenant, worker = ledger.add_tenant(), ledger.start_worker(max_num_seqs=2)
+    tenant = ledger.add_tenant()
     batch = ledger.submit(tenant, [None] * 30)
     hook = hook_file(
         tmp_path, f"env > {tmp_path}/env; [ -e {tmp_path}/heard ] || {{ touch {tmp_path}/heard; exit 3; }}"
@@ -109,15 +109,14 @@ def test_an_executable_is_told_what_is_missing_and_what_may_go(
     wait_until(lambda: len(calls_of(tmp_path)) >= 3, timeout_s=60)
     first, again, repeated, *_ = calls_of(tmp_path)
     assert first["type"] == "workers.wanted"
-    assert (first["wanted"], first["registered"], first["missing"]) == (8, 1, 7)  # 4 jobs each
+    assert (first["wanted"], first["registered"], first["missing"], first["queued_jobs"]) == (1, 0, 1, 30)
     assert first == again == repeated, "the one that failed, and the one that was heard, under one id"
     assert "scale.call_failed" in process.log()
     assert "status 3" in process.log()
     assert "MEDLEY_DATABASE_URL" not in (tmp_path / "env").read_text()
 
     ledger.flag(tenant, batch, "cancel")
-    held = [(row.id, row.attempt) for row in ledger.jobs().values() if row.state == "leased"]
-    ledger.complete(worker, held)
+    worker = ledger.start_worker(WorkerState.ASLEEP)
     with ledger.working() as conn:
         conn.execute(text("UPDATE workers SET state = 'asleep', desired_state = 'asleep'"))
     wait_until(lambda: calls_of(tmp_path)[-1]["type"] == "workers.releasable", timeout_s=60)

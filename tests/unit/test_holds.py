@@ -66,10 +66,15 @@ def test_as_many_workers_are_wanted_as_begin_all_in_time() -> None:
     assert count_wanted([busy], 60, rules) == 1
     assert count_wanted([busy], 61, rules) == 2
     assert count_wanted([busy, asleep(6)], 600, rules) == 9
-    assert count_wanted([asleep(6)], 17, rules) == 2, "of unknown rate: as many again as rows"
-    assert count_wanted([], 5, rules) == 1, "nobody says yet how large a worker is"
     assert count_wanted([asleep(6)], 0, rules) == 0
 
 
+def test_while_no_rate_is_known_no_more_workers_are_wanted_than_there_are() -> None:
+    assert count_wanted([], 5_000, RULES) == 1, "the one that will show it"
+    assert count_wanted([asleep(5), asleep(6), asleep(7)], 5_000, RULES) == 3
+    assert count_wanted([asleep(5), asleep(6), asleep(7)], 9, RULES) == 2
+    assert count_wanted([asleep(5), held(asleep(6), Phase.ASLEEP)], 5_000, RULES) == 1
+
+
 def test_a_plan_says_how_many_workers_it_wants() -> None:
-    assert plan([lane(10, 1, 100)], TENANT, [active(9, rows=8)]).num_wanted == 7
+    assert plan([lane(10, 1, 1_000)], TENANT, [active(9, rows=8, rate=1)]).num_wanted == 27

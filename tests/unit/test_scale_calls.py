@@ -97,6 +97,10 @@ def test_more_is_news_after_a_short_while_and_less_waits_for_the_next_call() -> 
     assert grown is not None
     assert grown.id != first.id
     assert grown.body["wanted"] == 5
+    desk.made(grown, MIN_GAP_S, is_heard=True)
+    for now, wanted in ((6, 3), (7, 4), (8, 5)):  # up and down below what was heard
+        desk.see(glance(wanted=wanted), now)
+        assert desk.due(MIN_GAP_S + REPEAT_S - 1) is None
 
 
 def test_a_receiver_that_fails_is_not_called_faster_because_the_queue_grows() -> None:

@@ -71,14 +71,17 @@ def count_wanted(workers: Sequence[Worker], num_waiting: int, rules: Rules) -> i
     """How many workers the pool should have, be they there or not, so that all begins within `rules.scale_wait_s`.
 
     num_waiting: jobs that no worker holds. A worker takes its rows' number at once, and what it finishes in that time
-    after them; where no rate is known yet, as many again as it has rows.
+    after them. While no rate is known no more are wanted than there are, or the one that will show it: a guess would
+    start machines by the hundred.
     """
     num_jobs = num_waiting + sum(w.num_leased for w in workers)
     known = [w for w in workers if w.jobs_per_s > 0]
-    sized = known or [w for w in workers if w.max_num_seqs > 0]
-    if num_jobs == 0 or not sized:
-        return min(1, num_jobs)  # the first one says how large workers are
-    each = sum(w.max_num_seqs * (1 if known else 2) + rules.scale_wait_s * w.jobs_per_s for w in sized) / len(sized)
+    if num_jobs == 0:
+        return 0
+    if not known:
+        rows = [w.max_num_seqs for w in workers if w.hold is not Phase.ASLEEP and w.max_num_seqs > 0]
+        return max(1, min(len(rows), math.ceil(num_jobs * len(rows) / max(1, sum(rows)))))
+    each = sum(w.max_num_seqs + rules.scale_wait_s * w.jobs_per_s for w in known) / len(known)
     return math.ceil(num_jobs / each)
 
 

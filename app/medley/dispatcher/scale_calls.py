@@ -33,12 +33,13 @@ class Call:
 
 @dataclass
 class _Level:
-    """A condition that stands: what it says, and how the calls about it went."""
+    """A condition that stands: what it says, what was heard of it last, and how the calls about it went."""
 
     content: Hashable
     call: Call
     due_s: float
     num_failed: int = 0
+    heard: Hashable = None
 
 
 class ScaleCalls:
@@ -76,7 +77,7 @@ class ScaleCalls:
         if level is None or level.call.id != call.id:
             return 0.0  # it has changed meanwhile
         if is_heard:
-            level.num_failed, wait_s = 0, self._repeat_s
+            level.num_failed, level.heard, wait_s = 0, level.content, self._repeat_s
         else:
             wait_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2**level.num_failed) * random.uniform(0.8, 1.2)
             level.num_failed += 1
@@ -90,9 +91,10 @@ class ScaleCalls:
         elif level is None:
             self._levels[kind] = _Level(content, self._call(kind, glance), now)
         elif content != level.content:
-            # More of it is news at once; less is said when the next call would come anyway.
-            due_s = now if grows(level.content) and level.num_failed == 0 else level.due_s
-            self._levels[kind] = _Level(content, self._call(kind, glance), due_s, level.num_failed)
+            # More than was heard is news at once; less is said when the next call would come anyway.
+            is_news = level.heard is not None and level.num_failed == 0 and grows(level.heard)
+            due_s = now if is_news else level.due_s
+            self._levels[kind] = _Level(content, self._call(kind, glance), due_s, level.num_failed, level.heard)
 
     def _call(self, kind: str, glance: Glance) -> Call:
         identity = f"scale_{uuid7().hex}"
