@@ -11,6 +11,7 @@ which has more near-ties than a trained one, or on --model with the PEFT folders
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import tempfile
@@ -173,6 +174,7 @@ def _levels(subject: Subject, device: str, dtype: str, num_rows: int, num_tokens
         finally:
             engine.close()
             del engine
+            gc.collect()
             if device != "cpu":
                 torch.cuda.empty_cache()
 
@@ -241,6 +243,7 @@ def main(
                     "tokens_to_first_flip": None if counts.first_at is None else round(counts.first_at, 1),
                 }
             )
+            del engine  # the next one wants its memory
             record.say(f"{level}: {counts.parted} of {counts.moved} moved jobs say something else ({share:.1%})")
     name = None
     if device != "cpu":

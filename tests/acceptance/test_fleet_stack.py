@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +56,8 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     environ = {"MEDLEY_LEASE_S": "4", "MEDLEY_TICK_S": "0.5", "MEDLEY_MAX_NUM_SEQS": "4"}
+    # A hook that never answers, and a secret that the dispatcher alone is given: neither is in anybody's way.
+    environ |= {"MEDLEY_SCALE_HOOK": "http://127.0.0.1:9/", "MEDLEY_SCALE_HOOK_SECRET": "whsec_" + "QUJD" * 10}
     with LocalStack(tmp_path_factory.mktemp("data"), workers=2, environ=environ) as stack:
         fleet = Fleet(stack)
         fleet.wait_for("two workers", lambda: len(fleet.states()) == 2)
@@ -113,3 +118,15 @@ def test_a_terminal_gets_a_live_table(fleet: Fleet) -> None:
     assert status == 0
     assert "pool default: 2 workers" in shown
     assert json.dumps(next(iter(fleet.states())))[8:16] in shown
+
+
+def test_a_watch_in_a_pipe_goes_on_until_it_is_interrupted(fleet: Fleet) -> None:
+    command = [sys.executable, "-m", "medley", "fleet", "-w", "--every", "0.2", "--json"]
+    command += ["--data-dir", str(fleet._stack.data_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = [json.loads(process.stdout.readline())["id"] for _ in range(6)]
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, said) == (0, "")
+    assert set(seen) == set(fleet.states())

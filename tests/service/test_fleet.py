@@ -178,6 +178,19 @@ def test_beginnings_of_ids_name_workers_unless_they_name_two(hand: Hand) -> None
     assert hand.run("fleet", "release").exit_code == 2
 
 
+def test_a_worker_that_fell_silent_is_shown_as_lapsed_and_all_leaves_it_out(hand: Hand) -> None:
+    silent, living = hand.ledger.start_worker(), hand.ledger.start_worker()
+    hand.ledger.lapse(silent)
+    pool = ("--pool", hand.ledger.pool)
+    rows = hand.lines("fleet", *pool)[2:]
+    assert [row.split("\t")[3] for row in rows] == ["active (lapsed)", "active"]
+    [value] = hand.json("fleet", "sleep", "--all", *pool)
+    assert value["id"] == f"worker_{living.hex}"
+    refused = hand.run("fleet", "wake", silent.hex)
+    assert refused.exit_code == 1
+    assert "has lapsed; nothing was done" in refused.output
+
+
 def test_top_shows_who_runs_by_name_and_forgets_it_with_the_worker(hand: Hand) -> None:
     ledger = hand.ledger
     tenant, worker = ledger.add_tenant(), ledger.start_worker()

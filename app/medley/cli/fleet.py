@@ -140,7 +140,7 @@ def _steer(engine: Engine, how: Steer, names: Sequence[str], pool: str | None) -
     """All in one transaction, or none."""
     with engine.begin() as conn:
         rows = fleet_db.read_fleet(conn, pool)
-        workers = find_workers(rows, names) if names else [row.id for row in rows]
+        workers = find_workers(rows, names) if names else [row.id for row in rows if row.lease_left_s > 0]
         if not workers:
             raise click.ClickException("no worker lives" + (f" in the pool {pool}" if pool else ""))
         return [_held(conn, worker, how) for worker in workers]
@@ -149,7 +149,7 @@ def _steer(engine: Engine, how: Steer, names: Sequence[str], pool: str | None) -
 def _held(conn: Connection, worker: UUID, how: Steer) -> Row[Any]:
     row = fleet_db.steer(conn, worker, how, getpass.getuser())
     if row is None:
-        raise click.ClickException(f"worker {worker.hex} has just gone; nothing was done")
+        raise click.ClickException(f"the lease of worker {worker.hex} has lapsed; nothing was done")
     return row
 
 

@@ -61,7 +61,8 @@ def state_of(row: Row[Any]) -> str:
     if row.held_state is not None and not told and row.held_state not in (row.state, row.desired_state):
         told = f" > {row.held_state}"  # once its jobs have ended
     held = "" if row.held_state is None else f" (held by {row.held_by})"
-    return f"{row.state}{told}{held}"
+    silent = "" if row.lease_left_s > 0 else " (lapsed)"
+    return f"{row.state}{told}{held}{silent}"
 
 
 def span(seconds: float) -> str:

@@ -37,7 +37,7 @@ STATS_OF_MEMORY = ("pages_used", "num_pages", "tiles_used", "num_tiles")
 @click.option("--once", is_flag=True, help="One look, as it is where the output is no terminal.")
 @click.option("--watch", "-w", "is_watched", is_flag=True, help="Look again and again there too.")
 @click.option(
-    "--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds of a look."
+    "--every", "every_s", type=click.FloatRange(0.5, 3600), default=1.0, show_default=True, help="Seconds of a look."
 )
 @json_option
 @data_dir_option

@@ -118,7 +118,7 @@ class Service:
     def _stats(self) -> EngineStats:
         if self._engine.config.device == "cpu":
             return self._engine.stats()
-        free, total = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info(self._engine.config.device)
         return msgspec.structs.replace(self._engine.stats(), device_bytes=total - free, device_total_bytes=total)
 
     def _batch(self) -> list[Batch]:
