@@ -1,4 +1,4 @@
-"""Where a tenant's webhook may lead, and one POST there: never into the operator's own network.
+"""Where a tenant's webhook may lead, and one POST there: never into the operator's own network. And his own hooks'.
 
 A URL is judged when it is registered, its addresses each time something is sent: the name is resolved once, every
 address that it has is checked, and the connection goes to a checked address itself, so that a second answer of the
@@ -99,25 +99,45 @@ def post(url: str, body: str, headers: Mapping[str, str], *, allow_loopback: boo
         return Answer(None, f"not sent: wanted {error}")
     except (OSError, UnicodeError) as error:
         return Answer(None, f"the host is not found: {type(error).__name__}")
+    return _answer(parts, port, address, body, headers, TOTAL_S)
+
+
+def post_trusted(url: str, body: str, headers: Mapping[str, str], *, timeout_s: float) -> Answer:
+    """One POST of JSON to where the operator's own configuration leads, which may be his own network."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        status = asyncio.run(_post(parts, port, address, body, headers))
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
+    except (OSError, UnicodeError) as error:
+        return Answer(None, f"the host is not found: {type(error).__name__}")
+    return _answer(parts, port, address, body, headers, timeout_s)
+
+
+def _answer(
+    parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str], total_s: float
+) -> Answer:
+    try:
+        status = asyncio.run(_post(parts, port, address, body, headers, total_s))
     except TimeoutError:
-        return Answer(None, f"no answer within {TOTAL_S:g} s")
+        return Answer(None, f"no answer within {total_s:g} s")
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as error:
         return Answer(None, f"no answer: {type(error).__name__}")
     return Answer(status, None if 200 <= status < 300 else f"answered {status}")
 
 
-async def _post(parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str]) -> int:
+async def _post(
+    parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str], total_s: float
+) -> int:
     assert parts.hostname is not None
     literal = f"[{address}]" if address.version == 6 else str(address)
     target = f"{parts.scheme}://{literal}:{port}{parts.path or '/'}" + (f"?{parts.query}" if parts.query else "")
     # The certificate must be the host's, though the connection goes to the address.
     extensions = {"sni_hostname": parts.hostname} if parts.scheme == "https" else {}
-    timeout = httpx.Timeout(TOTAL_S, connect=CONNECT_S)
+    timeout = httpx.Timeout(total_s, connect=min(CONNECT_S, total_s))
     # Every wait of httpx's begins anew with each byte; only the whole bounds an endpoint that trickles.
     client = httpx.AsyncClient(verify=_tls(), trust_env=False, timeout=timeout)
-    async with asyncio.timeout(TOTAL_S), client:
+    async with asyncio.timeout(total_s), client:
         request = client.build_request(
             "POST",
             target,

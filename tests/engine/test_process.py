@@ -21,6 +21,7 @@ from medley.spec.wire import (
     Add,
     Asleep,
     Awake,
+    Batch,
     EngineConfig,
     EngineStats,
     Finished,
@@ -147,10 +148,21 @@ def test_nothing_is_reported_for_an_aborted_job(shell: Shell) -> None:
     shell.listen(lambda _: other.key in shell.finished())
     shell.said.clear()
     shell.listen(has(EngineStats, 2))
-    assert all(isinstance(m, EngineStats) for m in shell.said)
+    assert all(isinstance(m, EngineStats | Batch) for m in shell.said)
     stats = shell.said[-1]
     assert isinstance(stats, EngineStats)
     assert stats.num_running == stats.num_waiting == stats.pages_used == 0
+
+
+def test_who_is_in_the_rows_is_said_while_there_is_work(shell: Shell) -> None:
+    jobs = [item(max_tokens=120) for _ in range(400)]  # seconds of work
+    shell.send(Add(items=tuple(jobs)))
+    shell.listen(lambda said: any(isinstance(m, Batch) and m.decoding for m in said))
+    batch = next(m for m in reversed(shell.said) if isinstance(m, Batch) and m.decoding)
+    assert len(batch.decoding) + len(batch.prefilling) <= 4
+    assert {*batch.decoding, *batch.prefilling} <= {job.key for job in jobs}
+    shell.send(Abort(keys=tuple(job.key for job in jobs)))
+    shell.listen(lambda said: [m for m in said if isinstance(m, Batch)][-1:] == [Batch()])
 
 
 def test_a_crash_comes_after_its_suspects_were_named(start: Callable[..., Shell]) -> None:

@@ -270,6 +270,8 @@ def test_all_of_a_tenant_is_erased_and_nothing_of_another(own: Ledger, database:
         table.name for table in metadata.sorted_tables
     } - {
         "workers",
+        "worker_batches",
+        "fleet_log",
         "leaders",
         "expired_jobs",
         "erasures",

@@ -216,9 +216,17 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_tiles: int = 0
     device_bytes: int = 0  # of the device's memory that the process holds, 0 on a CPU
     resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
+    device_total_bytes: int = 0  # of the device's memory, 0 on a CPU
 
 
-FromEngine = Ready | Running | Progress | Finished | Released | Asleep | Awake | EngineStats
+class Batch(msgspec.Struct, frozen=True, tag=True):
+    """The jobs that hold rows now: those that decode, and those whose prompts are being computed. Sent each second."""
+
+    decoding: tuple[JobKey, ...] = ()
+    prefilling: tuple[JobKey, ...] = ()
+
+
+FromEngine = Ready | Running | Progress | Finished | Released | Asleep | Awake | EngineStats | Batch
 
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

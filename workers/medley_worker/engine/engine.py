@@ -352,6 +352,15 @@ class Engine:
             resident=residency.revisions,
         )
 
+    def in_rows(self) -> tuple[list[RequestId], list[RequestId]]:
+        """The requests that hold rows now: those that decode, and those whose prompts are being computed."""
+        is_decoding = self._parts.rows.is_decoding
+        found: tuple[list[RequestId], list[RequestId]] = ([], [])
+        for sequence in self._sequences.values():
+            if sequence.row is not None:
+                found[0 if is_decoding[sequence.row] else 1].append(sequence.request_id)
+        return found
+
     def close(self) -> None:
         """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""
         if self._open is not None:

@@ -34,7 +34,9 @@ from medley.spec.wire import (
     Add,
     Asleep,
     Awake,
+    Batch,
     EngineConfig,
+    EngineStats,
     Finished,
     Forget,
     FrameReader,
@@ -111,6 +113,7 @@ class Service:
         self._outbox = outbox
         self._failpoint = failpoint
         self._stats_at = time.monotonic()  # when the next statistics are due
+        self._said_batch = Batch()
         engine.on_entering = self._entering
 
     def run(self) -> None:
@@ -121,8 +124,21 @@ class Service:
             now = time.monotonic()
             if now >= self._stats_at:
                 self._stats_at = now + STATS_INTERVAL_S
-                self._send(self._engine.stats())
-        self._send(self._engine.stats())
+                self._send(*self._batch(), self._stats())
+        self._send(self._stats())
+
+    def _stats(self) -> EngineStats:
+        if self._engine.config.device == "cpu":
+            return self._engine.stats()
+        total = torch.cuda.get_device_properties(self._engine.config.device).total_memory
+        return msgspec.structs.replace(self._engine.stats(), device_total_bytes=total)
+
+    def _batch(self) -> list[Batch]:
+        """Who is in the rows now; nothing while there is no work and was none."""
+        decoding, prefilling = self._engine.in_rows()
+        batch = Batch(cast(tuple[JobKey, ...], tuple(decoding)), cast(tuple[JobKey, ...], tuple(prefilling)))
+        was, self._said_batch = self._said_batch, batch
+        return [batch] if self._engine.has_work or was != batch else []
 
     def _take_messages(self) -> bool:
         """Handle what has arrived; without work, wait for it. False after Shutdown."""
@@ -156,7 +172,7 @@ class Service:
             case Sleep():
                 self._failpoint.changing("sleep")
                 sleep_s = _timed(self._engine.sleep, "engine.sleepless")
-                self._send(Asleep(device_bytes=self._engine.device_bytes, sleep_s=sleep_s), self._engine.stats())
+                self._send(Asleep(device_bytes=self._engine.device_bytes, sleep_s=sleep_s), self._stats())
             case Wake():
                 self._failpoint.changing("wake")
                 self._send(Awake(wake_s=_timed(self._engine.wake, "engine.unwakeable")))

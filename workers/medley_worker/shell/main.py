@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from uuid import UUID
 
@@ -139,6 +140,7 @@ class Shell:
             room=Room(self._settings.worker.max_num_seqs),
             lease_s=self._settings.lease_s,
             desired=WorkerState.ASLEEP if self._settings.worker.starts_asleep else WorkerState.ACTIVE,
+            version=metadata.version("medley"),
         )
 
     def _arrive(self, ids: list[UUID]) -> None:
