@@ -11,9 +11,11 @@ from functools import lru_cache
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import Connection, CursorResult, Row, text
+from sqlalchemy import Connection, CursorResult, Engine, Row, text
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from medley.db.batches import Select
+from medley.db.connections import read_as_tenant
 from medley.spec.ids import oldest_after
 
 # Beyond the tokens themselves; read where they are asked for.
@@ -39,10 +41,20 @@ def read_job(conn: Connection, job: UUID) -> Row[Any] | None:
 
 
 def read_jobs(conn: Connection, jobs: Sequence[UUID]) -> Sequence[Row[Any]]:
-    if not jobs:
-        return []
-    statement = _READ_JOB.format_where("j.id = ANY(:ids)")
-    return conn.execute(statement, {"ids": list(jobs), "first": min(jobs), "last": max(jobs)}).all()
+    return conn.execute(_READ_JOBS, _of_jobs(jobs)).all() if jobs else []
+
+
+def read_jobs_as(engine: Engine, tenant: UUID, jobs: Sequence[UUID]) -> list[Any]:
+    """`read_jobs` in a transaction of its own, in one round trip; the rows have the same names."""
+    return read_as_tenant(engine, tenant, _READ_JOBS_SQL, _of_jobs(jobs)) if jobs else []
+
+
+_READ_JOBS = _READ_JOB.format_where("j.id = ANY(:ids)")
+_READ_JOBS_SQL = str(_READ_JOBS.compile(dialect=PGDialect_psycopg()))  # type: ignore[no-untyped-call]
+
+
+def _of_jobs(jobs: Sequence[UUID]) -> dict[str, object]:
+    return {"ids": list(jobs), "first": min(jobs), "last": max(jobs)}
 
 
 _READ_RESULTS = (
