@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 4 };
+enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 5 };
 enum { MEDLEY_BF16 = 0, MEDLEY_FP16 = 1 };
 // How weights arrive. Shrink and expand are two launches, whose sums over K meet in a workspace.
 enum {
@@ -38,13 +38,16 @@ typedef struct {
   int32_t num_layers;
 } MedleyGroup;
 
+// A header, how a step's work is divided: items; parts into which the columns of each are divided; and for MEDLEY_BULK
+// how many (tile, site) pairs (1 to 4) and tiles (2, or 1 where no item has more) a stage holds; whether shrink divides K twice as finely (1; it
+// then takes the workspace of twice as many items); parts into which it divides an item's pairs, and how many each has, a
+// multiple of the stage's; whether rings take all of their memory (1) or what is best where items are alike.
 typedef struct {
   void* y;
   const void* x;
   int64_t y_stride, x_stride;  // elements from row to row
   const MedleyItem* items;     // device
-  const int32_t* header;       // device, MEDLEY_HEADER numbers, the first 4 used: items; parts into which the columns of each
-                               // are divided; how many pairs (1 to 4) and tiles (1 or 2) a stage of MEDLEY_BULK keeps
+  const int32_t* header;       // device, MEDLEY_HEADER numbers, see below
   int32_t max_items;           // capacity of `items`
   int32_t layer;
   int32_t dtype;

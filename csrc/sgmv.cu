@@ -74,6 +74,12 @@ int resident_blocks(Launch& launch, int most_smem, int* blocks, char* error, int
   if (int code = report(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_smem),
                         "shared memory of the SGMV kernel", error, bytes))
     return code;
+  // All of the memory that L1 and shared memory divide: a kernel with another division than the one before waits for its
+  // end, and with that its early launch brings nothing. What these kernels read bypasses L1.
+  if (int code = report(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                             cudaSharedmemCarveoutMaxShared),
+                        "division of shared memory of the SGMV kernel", error, bytes))
+    return code;
   int per_sm = 0, sms = 0;
   if (int code = report(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, function, launch.config.blockDim.x,
                                                                       launch.config.dynamicSmemBytes),
@@ -115,8 +121,10 @@ extern "C" {
 int medley_abi(void) { return MEDLEY_ABI; }
 
 int64_t medley_sgmv_workspace(const MedleyGroup* g, int32_t max_items, int32_t block_rows, int32_t mode) {
-  const int64_t slices = mode == MEDLEY_RING ? ring::kSlices : bulk::kSlices;
-  return max_items * slices * g->num_sites * MEDLEY_MAX_TILES * ((block_rows + 15) / 16) * kLanes * 16;
+  const int64_t planes = max_items * (mode == MEDLEY_RING ? ring::kSlices : bulk::kSlices);
+  const int64_t sums = mode == MEDLEY_BULK && block_rows == 8 ? sizeof(bulk::Sums<1>::Type)
+                                                              : (block_rows + 15) / 16 * sizeof(bulk::Sums<4>::Type);
+  return planes * g->num_sites * MEDLEY_MAX_TILES * kLanes * sums;
 }
 
 int medley_sgmv_room(const MedleyGroup* g, int32_t block_rows, int32_t mode, int32_t* parts, int32_t* column_blocks,
@@ -159,7 +167,7 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   p.x_stride = c->x_stride;
   p.items = c->items;
   p.header = c->header;
-  p.planes = static_cast<float4*>(c->workspace);
+  p.planes = c->workspace;
   p.in_features = g->in_features;
   p.k_blocks = num_blocks(g->in_features);
   p.max_pairs = g->num_sites * MEDLEY_MAX_TILES;

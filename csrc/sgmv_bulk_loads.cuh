@@ -31,10 +31,11 @@ struct Ring {
   unsigned data, full;  // shared addresses, of this warp
   int stage_bytes, num_stages, head = 0, tail = 0, phase = 0;
 
-  __device__ Ring(void* memory, int bytes, int group, int warp)
+  // bytes: of all warps' rings; used: of them.
+  __device__ Ring(void* memory, int bytes, int used, int group, int warp)
       : data(address_of(memory) + warp * (bytes / kWarps)),
         full(address_of(memory) + bytes + warp * kMaxStages * 8), stage_bytes(group * kCopyBytes),
-        num_stages(min(kMaxStages, bytes / kWarps / stage_bytes)) {}
+        num_stages(min(kMaxStages, used / kWarps / stage_bytes)) {}
   static constexpr int kBarrierBytes = kWarps * kMaxStages * 8;
 
   // By one lane, before any other uses it.
@@ -99,10 +100,10 @@ struct Lanes {
   unsigned offset, half;  // bytes: to this lane's row and columns, and to its row 8 further on
   int left[HALVES];       // columns from there on that this lane may touch; 0 or less for rows that are not there
 
-  // columns: where the first step begins, and where what may be touched ends.
-  __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int warp, int group, int quad)
+  // columns: where the first step begins, and where what may be touched ends. block: of the warp in each step.
+  __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int block, int group, int quad)
       : base(static_cast<char*>(const_cast<void*>(rows))) {
-    const int column = begin + warp * kDepth * kBlock + quad * 8;
+    const int column = begin + block * kBlock + quad * 8;
     offset = static_cast<unsigned>((work.row_start + group) * stride + column) * 2;
     half = static_cast<unsigned>(stride) * 16;
 #pragma unroll

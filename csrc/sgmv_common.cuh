@@ -19,7 +19,7 @@ struct Params {
   long long y_stride, x_stride;
   const MedleyItem* items;
   const int* header;  // medley.h
-  float4* planes;          // the workspace
+  void* planes;            // the workspace
   long long layer_offset;  // bytes from a tile's start to this layer
   int in_features, k_blocks, max_pairs, num_column_blocks;
   int out_features[MEDLEY_MAX_SITES];
@@ -118,11 +118,12 @@ inline __device__ void let_next_kernel_start() {
 #endif
 }
 
+inline __device__ float2 operator+(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 inline __device__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 // One item as a warp sees it: every lane holds the fields, lane t the pointer to tile t.
 struct Work {
-  int row_start, num_rows, num_tiles, site_mask, num_active, num_pairs;
+  int row_start, num_rows, num_tiles, site_mask, num_active, num_pairs, sites;
   const float* scales;
   const char* tile;
 
@@ -136,13 +137,12 @@ struct Work {
     tile = static_cast<const char*>(from->tiles[lane % MEDLEY_MAX_TILES]) + p.layer_offset;
     num_active = __popc(site_mask);
     num_pairs = num_tiles * num_active;
+    // The adapted sites one after another, two bits each.
+    const int from_second = site_mask & (site_mask - 1), from_third = from_second & (from_second - 1);
+    sites = (__ffs(site_mask) - 1) | (__ffs(from_second) - 1) << 2 | (__ffs(from_third) - 1) << 4;
   }
   // The site of the `active`-th adapted one.
-  __device__ int site(int active) const {
-    int s = __ffs(site_mask) - 1;
-    for (int a = 0; a < active; ++a) s = __ffs(site_mask & ~((2 << s) - 1)) - 1;
-    return s;
-  }
+  __device__ int site(int active) const { return sites >> 2 * active & 3; }
   __device__ bool has(int s) const { return site_mask >> s & 1; }
   // Where site s, which is adapted, stands among the adapted ones.
   __device__ int active_of(int s) const { return __popc(site_mask & ((1 << s) - 1)); }

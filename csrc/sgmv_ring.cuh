@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) sgmv_kernel(const _
     if (M == kShrink && part_of_item != 0) continue;
     work.load(p, block, lane);
     // [slices][pairs][MT][lanes] of this block
-    float4* plane = p.planes + static_cast<long long>(block) * kSlices * p.max_pairs * S::kPairSize;
+    float4* plane = static_cast<float4*>(p.planes) + static_cast<long long>(block) * kSlices * p.max_pairs * S::kPairSize;
     // Of a tile of 16 rows lane l holds rows l / 4 and l / 4 + 8: with few rows, few lanes have anything to add.
     const bool has_row = group < work.num_rows;
     const int halves = work.halves();

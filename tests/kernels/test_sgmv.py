@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -22,7 +23,10 @@ from sgmv_cases import (
     span_rows,
 )
 
+from medley_worker.ops import sgmv
+from medley_worker.ops.kernels import MAX_SITES, MAX_TILES
 from medley_worker.ops.sgmv import BLOCK_ROWS, SgmvBatch
+from medley_worker.ops.sgmv_shares import shares
 
 pytestmark = pytest.mark.gpu
 
@@ -317,6 +321,27 @@ def test_bits_do_not_depend_on_how_many_rows_an_item_holds(mixed: Adapters, grou
         results.append(out)
     for block_rows, got in zip(BLOCK_ROWS, results, strict=True):
         assert_bits(got, results[0], f"items of {block_rows} rows")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_bits_do_not_depend_on_how_work_is_divided(monkeypatch: pytest.MonkeyPatch, group: str) -> None:
+    """K of several steps a slice, the last slice short, ranks of one stage and of several."""
+    adapters = Adapters(base_model(2312, 5000, 17, 1, 136, num_layers=1), [16, 1, 64, 128, 40], torch.bfloat16)
+    spans: list[Span] = [(0, 1), (1, 9), (None, 2), (2, 3), (3, 40), (4, 1)]
+    y, x = adapters.inputs(group, sum(n for _, n in spans))
+    wanted = adapters.run(spans, y, x, group, 0)
+    adapters.assert_close(spans, wanted, y, x, group, 0)
+
+    most = MAX_SITES * MAX_TILES
+    divisions: list[dict[str, int]] = [
+        {"is_halved": is_halved, "has_deep_rings": is_deep, "pairs": pairs, "pair_parts": parts, "part_pairs": size}
+        for is_halved, is_deep, pairs in itertools.product((False, True), (False, True), (1, 2, 3, 4))
+        for parts, size in ((1, most), (-(-most // (2 * pairs)), 2 * pairs))
+    ]
+    divisions += [{"column_parts": parts} for parts in (1, 2, 7, 100)]
+    for division in divisions:
+        monkeypatch.setattr(sgmv, "shares", lambda *args, d=division, **room: shares(*args, **room)._replace(**d))
+        assert_bits(adapters.run(spans, y, x, group, 0), wanted, str(division))
 
 
 def test_bits_do_not_depend_on_where_tiles_lie() -> None:

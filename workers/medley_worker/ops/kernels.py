@@ -15,7 +15,7 @@ MAX_SITES, MAX_TILES = 3, 16
 MODES = {"ring": 0, "bulk": 1}
 HEADER = 8  # numbers before a group's items
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_ABI = 4
+_ABI = 5
 _ERROR_BYTES = 512
 
 # MedleyItem of csrc/medley.h.

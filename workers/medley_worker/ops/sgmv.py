@@ -23,6 +23,7 @@ from medley_worker.ops.lora_stage import SITES, AdapterTiles, GroupShape
 from medley_worker.ops.memory import Memory, PlainMemory
 from medley_worker.ops.operators import register
 from medley_worker.ops.sgmv_layout import BLOCK, FragmentLayout, fragment_layout
+from medley_worker.ops.sgmv_shares import Shares, shares
 
 __all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply"]
 
@@ -33,7 +34,6 @@ PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
 HEADER_BYTES = HEADER * 4
-PAIRS_IN_STAGE, TILES_IN_STAGE = 4, 2  # at the most
 NUM_STAGES = 3  # work lists on their way to the device: the host is at most two steps ahead
 
 Items = npt.NDArray[np.void]
@@ -140,7 +140,7 @@ class SgmvLora:
         self._num_sent += 1
         for group in self.layout.groups:
             items = self._items(group, segments, block_rows)
-            self._send(group.name, items, self._header(group, items, block_rows), stage)
+            self._send(group.name, items, self._shares(group, items, block_rows), stage)
         event.record()
         return SgmvBatch(self, block_rows, len(distinct))
 
@@ -236,18 +236,21 @@ class SgmvLora:
             )
         return items
 
-    def _header(self, group: GroupShape, items: Items, block_rows: int) -> tuple[int, ...]:
-        """The numbers before a group's items, as csrc/medley.h has them. None of them changes bits."""
+    def _shares(self, group: GroupShape, items: Items, block_rows: int) -> Shares:
         room, column_blocks = self._room[group.name, block_rows]
-        # Few items fill the device too if the columns of each are divided.
-        most = -(-sum(-(-n // BLOCK) for n in group.out_features) // column_blocks)
-        num_parts = max(1, min(room // max(1, len(items)), most))
-        tiles = int(items["num_tiles"].max(initial=1))
-        pairs = tiles * group.num_sites
-        pairs_in_stage = -(-pairs // -(-pairs // PAIRS_IN_STAGE))
-        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE)
+        num_tiles = items["num_tiles"]
+        most = int(num_tiles.max(initial=1))
+        return shares(
+            len(items),
+            most,
+            group.num_sites,
+            bool((num_tiles < most).any()),
+            room=room,
+            capacity=self._capacity[block_rows],
+            most_parts=-(-sum(-(-n // BLOCK) for n in group.out_features) // column_blocks),
+        )
 
-    def _send(self, group: str, items: Items, header: tuple[int, ...], stage: Tensor) -> None:
+    def _send(self, group: str, items: Items, header: Shares, stage: Tensor) -> None:
         start = self._offsets[group]
         end = start + HEADER_BYTES + items.nbytes
         host = stage.numpy()
