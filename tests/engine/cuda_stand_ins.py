@@ -26,6 +26,7 @@ from medley_worker.ops.lora import LoraBatch, lora_apply
 
 LOADED_WITH_CUDA = (
     "medley_worker.engine.cuda_forward",
+    "medley_worker.engine.cuda_passes",
     "medley_worker.ops.backend_cuda",
     "medley_worker.ops.paged_attention",
 )
@@ -219,20 +220,22 @@ def cuda_forward(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     for name in LOADED_WITH_CUDA:
         sys.modules.pop(name, None)
-    forward, backend, attention = (import_module(name) for name in LOADED_WITH_CUDA)
+    forward, passes, backend, attention = (import_module(name) for name in LOADED_WITH_CUDA)
     latest: list[LoraBatch | None] = [None]
 
     def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, _: object) -> None:
         lora_apply(y, x, group, layer, latest[0])  # as the kernel does: whatever work list is in place
 
-    for module in (forward, backend):
+    for module in (forward, passes, backend):
         monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
     monkeypatch.setattr(backend, "sgmv_apply", sgmv_apply)
     monkeypatch.setattr(forward, "greedy", greedy)
-    monkeypatch.setattr(forward, "DecodeGraphs", Graphs)
+    monkeypatch.setattr(passes, "DecodeGraphs", Graphs)
     monkeypatch.setattr(attention, "check_supported", lambda *_: None)
 
-    def build(decoder: Decoder, kv: KVCache, cache: AdapterCache, rows: RowTable, scheduler: Scheduler) -> Any:
+    def build(
+        decoder: Decoder, kv: KVCache, cache: AdapterCache, rows: RowTable, scheduler: Scheduler, others: None
+    ) -> Any:
         config = decoder.config
         decoder._ops = backend.CudaBackend(config, decoder.device)
         shape = (config.num_layers, kv.num_pages + 1, 2, kv.page_size, config.num_kv_heads, config.head_dim)
@@ -247,7 +250,7 @@ def cuda_forward(
 
         monkeypatch.setattr(cache, "lora_batch", kept_lora_batch)
         given = (decoder, paged, cache, rows, scheduler)
-        return forward.CudaForward(*given, max_tokens=max_tokens, is_invariant=is_invariant)
+        return forward.CudaForward(*given, max_tokens=max_tokens, is_invariant=is_invariant, others=others)
 
     yield build
     for name in LOADED_WITH_CUDA:

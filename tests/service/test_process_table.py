@@ -88,6 +88,7 @@ def test_the_demo_without_its_extras_says_what_to_install(
         ("MEDLEY_MAX_TPOT_MS", "inf", "milliseconds above 0"),
         ("MEDLEY_MAX_TPOT_MS", "fast", "milliseconds above 0"),
         ("MEDLEY_BATCH_INVARIANT", "yes", "one of false, true"),
+        ("MEDLEY_TENSOR_PARALLEL", "0", "at least 1"),
         ("MEDLEY_DTYPE", "int8", "one of bfloat16, float16, float32"),
         ("MEDLEY_MAX_BODY_BYTES", "-1", "at least 1"),
         ("MEDLEY_STORE_URL", "ftp://x", "file://"),
@@ -130,6 +131,7 @@ _ENGINE_KEYS = {
     "MEDLEY_ADAPTER_HOST_BYTES": ("0", 0),
     "MEDLEY_MAX_TPOT_MS": ("12.5", 12.5),
     "MEDLEY_BATCH_INVARIANT": ("true", True),
+    "MEDLEY_TENSOR_PARALLEL": ("2", 2),
 }
 
 

@@ -35,6 +35,12 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "assets" / "model"
 @click.option("--device", default=None, help="cpu or cuda.  [default: MEDLEY_DEVICE, else cpu]")
 @click.option("--dtype", default=None, help="float32, float16 or bfloat16.  [default: MEDLEY_DTYPE, else float32]")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=None, help="Rows a worker decodes together.")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    default=None,
+    help="GPUs of this machine that share one worker's model.  [default: MEDLEY_TENSOR_PARALLEL, else 1]",
+)
 @click.option("--json", "as_json", is_flag=True, help="The log as JSON, an object a line.")
 def up(
     workers: int,
@@ -45,6 +51,7 @@ def up(
     device: str | None,
     dtype: str | None,
     max_num_seqs: int | None,
+    tensor_parallel: int | None,
     as_json: bool,
 ) -> None:
     """Run PostgreSQL, Redis, the API, the dispatcher, the task worker and N workers until Ctrl-C.
@@ -54,7 +61,12 @@ def up(
     folder = (model or DEMO_MODEL).absolute()
     if not (folder / "config.json").is_file():
         raise click.BadParameter(f"{folder} holds no config.json", param_hint="--model")
-    given = {"MEDLEY_DEVICE": device, "MEDLEY_DTYPE": dtype, "MEDLEY_MAX_NUM_SEQS": max_num_seqs}
+    given = {
+        "MEDLEY_DEVICE": device,
+        "MEDLEY_DTYPE": dtype,
+        "MEDLEY_MAX_NUM_SEQS": max_num_seqs,
+        "MEDLEY_TENSOR_PARALLEL": tensor_parallel,
+    }
     options = UpOptions(
         data_dir=data_dir,
         model=str(folder),

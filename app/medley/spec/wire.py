@@ -43,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tpot_ms: what the time per output token is held to, None: the most tokens a second.
     batch_invariant: tokens and log-probabilities depend on no neighbour, bit by bit; slower on CUDA. A CPU in float32
     gives that always.
+    tensor_parallel: devices of this host that share the model, from `device` on; sizes in bytes are those of each.
     """
 
     model_dir: str
@@ -60,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapter_host_bytes: int | None = None
     max_tpot_ms: float | None = None
     batch_invariant: bool = False
+    tensor_parallel: int = 1
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------
@@ -187,6 +189,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tiles_used: int = 0
     num_tiles: int = 0
     resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
+    num_devices: int = 1  # that share the model
 
 
 FromEngine = Ready | Running | Progress | Finished | Released | EngineStats

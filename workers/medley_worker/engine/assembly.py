@@ -13,10 +13,12 @@ import torch
 from medley.spec.base_models import BaseModel, read_base_model
 from medley.spec.peft_config import MAX_RANK
 from medley.spec.wire import EngineConfig
-from medley_worker.engine.adapters import AdapterCache, layout_for
+from medley_worker.engine.adapter_memory import layout_for
+from medley_worker.engine.adapters import AdapterCache
 from medley_worker.engine.forward import Forward, NullForward
 from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
+from medley_worker.engine.parallel.followers import Followers, rank_device
 from medley_worker.engine.residency import CachedResidency
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.runner import ModelForward
@@ -25,6 +27,8 @@ from medley_worker.engine.sequences import Sequence
 from medley_worker.engine.sizing import DeviceMemory, EngineSizes, Shape, host_copy_bytes, size_engine
 from medley_worker.models import Decoder, KVCache, load_model
 from medley_worker.models.kv import kv_page_size
+from medley_worker.models.sharding import shard_of
+from medley_worker.ops.collectives import RankGroup
 from medley_worker.ops.lora_stage import TILE_RANKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,44 +46,103 @@ class Parts:
     scheduler: Scheduler
     forward: Forward
     pace: Pace | None
+    ranks: Ranks | None  # where the model is shared
 
 
-def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) -> Parts:
-    """Build everything that `config` asks for. announce: see CachedResidency.
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The other ranks of the model, and this one's way to them within a pass."""
+
+    followers: Followers
+    group: RankGroup
+
+    def close(self, forward: Forward) -> None:
+        """End them. forward: this rank's, whose graphs go first."""
+        release = getattr(forward, "close", None)
+        if release is not None:
+            release()
+        self.followers.close()
+        self.group.close()
+
+
+def assemble(
+    config: EngineConfig,
+    announce: Callable[[Seq[Sequence]], None],
+    on_rank_death: Callable[[str], None] | None = None,
+) -> Parts:
+    """Build everything that `config` asks for. announce: see CachedResidency; on_rank_death: see Followers.
 
     Raises UnsupportedModel, or ValueError naming the field of `config` that is wrong.
     """
-    dtype = DTYPES.get(config.dtype)
-    if dtype is None:
+    _check(config)
+    if config.tensor_parallel == 1:
+        return _assemble(config, announce, None)
+    shard_of(read_base_model(Path(config.model_dir), need_weights=False), size=config.tensor_parallel)
+    followers = Followers(config, on_rank_death)
+    try:
+        return _assemble(config, announce, followers)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _check(config: EngineConfig) -> None:
+    """What does not hang on the model. Raises ValueError naming the field."""
+    if config.dtype not in DTYPES:
         raise ValueError(f"dtype: got {config.dtype!r}, wanted one of {', '.join(DTYPES)}")
     if config.forward not in ("model", "null"):
         raise ValueError(f"forward: got {config.forward!r}, wanted model or null")
-    if config.device.split(":")[0] not in ("cpu", "cuda"):
+    kind, _, index = config.device.partition(":")
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"device: got {config.device!r}, wanted cpu, cuda or cuda:<n>")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {config.device!r}, but torch finds no CUDA device here; wanted cpu")
+    size = config.tensor_parallel
+    if size < 1:
+        raise ValueError(f"tensor_parallel: got {size}, wanted 1 or more")
+    if size == 1:
+        return
+    if config.forward == "null":
+        raise ValueError(f"tensor_parallel: got {size} with forward null, wanted 1: there is no model to share")
+    if kind == "cuda":
+        left = torch.cuda.device_count() - int(index or 0)
+        if size > left:
+            raise ValueError(
+                f"tensor_parallel: got {size}, wanted at most {left}: the CUDA devices here from {config.device!r} on"
+            )
+
+
+def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], followers: Followers | None) -> Parts:
+    dtype = DTYPES[config.dtype]
+    device = torch.device(config.device if followers is None else rank_device(config, 0))
     decoder: Decoder | None = None
     if config.forward == "null":
         model = read_base_model(Path(config.model_dir), need_weights=False)
     else:
         decoder = load_model(
             config.model_dir,
-            device=config.device,
+            device=device,
             dtype=dtype,
             load_format=config.load_format,
             seed=config.seed,
+            num_ranks=config.tensor_parallel,
         )
-        model = decoder.config
-    device = torch.device(config.device)
-    sizes = size_engine(config, model, _shape(model, dtype, device), _memory(device))
+        model = decoder.shard.whole
+    part = model if decoder is None else decoder.config
+    ranks = None if followers is None or decoder is None else _meet(followers, decoder)
+    sizes = size_engine(config, part, _shape(part, dtype, device), _least_memory(device, ranks))
+    if followers is not None:
+        followers.build(sizes)
     cache = AdapterCache(
         model,
         num_tiles=sizes.num_tiles,
         dtype=dtype,
         device=device,
-        host_bytes=host_copy_bytes(config, _free_host_bytes()),
+        host_bytes=host_copy_bytes(config, free_host_bytes()),
         max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,  # decode rows are padded to a bucket
         max_adapters=sizes.max_num_seqs,
+        shard=None if decoder is None else decoder.shard,
+        others=followers,
     )
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)
     pages = PagePool(sizes.num_pages, sizes.page_size)
@@ -91,8 +154,25 @@ def assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None]) ->
         forward = NullForward(rows, model.vocab_size)
     else:
         kv = decoder.new_kv_cache(sizes.num_pages)
-        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant)
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace)
+        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant, followers)
+    if followers is not None:
+        followers.await_built()
+    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, ranks)
+
+
+def _meet(followers: Followers, decoder: Decoder) -> Ranks:
+    """Connect all ranks, whose weights are loaded."""
+    followers.await_loaded()
+    group = RankGroup(followers.meeting, 0, decoder.shard.size, decoder.device)
+    decoder.join(group)
+    return Ranks(followers, group)
+
+
+def _least_memory(device: torch.device, ranks: Ranks | None) -> DeviceMemory | None:
+    """The memory of the rank that has least: all ranks have the same pages and tiles."""
+    mine = device_memory(device)
+    others = [] if ranks is None else ranks.followers.await_met(ranks.group)
+    return mine if mine is None else min([mine, *others], key=lambda memory: memory.free_bytes)
 
 
 def _forward(
@@ -103,14 +183,16 @@ def _forward(
     scheduler: Scheduler,
     sizes: EngineSizes,
     is_invariant: bool,
+    others: Followers | None,
 ) -> Forward:
     if decoder.device.type == "cuda":
         # FlashInfer is installed where there is CUDA.
         from medley_worker.engine.cuda_forward import CudaForward
 
         max_tokens = sizes.max_num_batched_tokens
-        return CudaForward(decoder, kv, cache, rows, scheduler, max_tokens=max_tokens, is_invariant=is_invariant)
-    return ModelForward(decoder, kv, cache, rows, scheduler)
+        parts = (decoder, kv, cache, rows, scheduler)
+        return CudaForward(*parts, max_tokens=max_tokens, is_invariant=is_invariant, others=others)
+    return ModelForward(decoder, kv, cache, rows, scheduler, others)
 
 
 def _shape(model: BaseModel, dtype: torch.dtype, device: torch.device) -> Shape:
@@ -131,7 +213,7 @@ def _shape(model: BaseModel, dtype: torch.dtype, device: torch.device) -> Shape:
     )
 
 
-def _memory(device: torch.device) -> DeviceMemory | None:
+def device_memory(device: torch.device) -> DeviceMemory | None:
     """What the weights have left of a CUDA device."""
     if device.type != "cuda":
         return None
@@ -140,6 +222,6 @@ def _memory(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device))
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Memory that the machine has free, pages of files not counted."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

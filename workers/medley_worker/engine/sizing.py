@@ -113,14 +113,14 @@ def activation_bytes(model: BaseModel, dtype_bytes: int, step_tokens: int, num_r
 
 
 def host_copy_bytes(config: EngineConfig, free_host_bytes: int) -> int:
-    """Bytes of packed adapters that are kept in host memory."""
+    """Bytes of packed adapters that one rank keeps in host memory; the engine's are divided among its ranks."""
     if config.adapter_host_bytes is not None:
         if config.adapter_host_bytes < 0:
             raise ValueError(f"adapter_host_bytes: got {config.adapter_host_bytes}, wanted 0 or more")
-        return config.adapter_host_bytes
+        return config.adapter_host_bytes // config.tensor_parallel
     if not config.device.startswith("cuda"):
-        return CPU_HOST_BYTES
-    return min(CUDA_HOST_BYTES, int(free_host_bytes * CUDA_HOST_SHARE))
+        return CPU_HOST_BYTES // config.tensor_parallel
+    return min(CUDA_HOST_BYTES, int(free_host_bytes * CUDA_HOST_SHARE)) // config.tensor_parallel
 
 
 def _share(
