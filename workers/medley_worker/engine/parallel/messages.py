@@ -143,7 +143,7 @@ class PassArrays:
     @staticmethod
     def of(message: Pass) -> PassArrays:
         return PassArrays(
-            np.frombuffer(message.num_new, np.int64),
-            np.frombuffer(message.kv_len, np.int64),
-            np.frombuffer(message.kv_indices, np.int32),
+            np.frombuffer(message.num_new, np.int64).copy(),
+            np.frombuffer(message.kv_len, np.int64).copy(),
+            np.frombuffer(message.kv_indices, np.int32).copy(),
         )
