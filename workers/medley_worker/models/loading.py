@@ -82,7 +82,6 @@ class _Places:
 
     def __init__(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> None:
         config = self._config = shard.part
-        self.dtype, self.device = dtype, device
         self._by_name: dict[str, Tensor] = {}
         self._groups: dict[str, Tensor] = {}  # by the name of the group's first tensor
         shapes = tensor_shapes(config)
@@ -93,6 +92,7 @@ class _Places:
             group = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
             self._groups[names[0]] = group
             self._by_name |= dict(zip(names, torch.split(group, rows), strict=True))
+        self.dtype, self.device = group.dtype, group.device
 
     def __getitem__(self, name: str) -> Tensor:
         """Where the tensor `name` is to be written."""

@@ -57,8 +57,9 @@ class RankGroup:
         if device.type == "cuda":
             # All ranks are on this host: nothing listens on an address that others reach.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-            options = dist.ProcessGroupNCCL.Options()
+            options: Any = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
+            options.global_ranks_in_group, options.group_name = list(range(size)), "ranks"
             backend = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
             gloo: Any = dist.ProcessGroupGloo
