@@ -3,7 +3,8 @@
 - submit: one NDJSON request of 1,000,000 lines over the bare `INSERT ... SELECT unnest` of the same rows by one
   connection (a request is one transaction), and what the API's process takes in memory for it.
 - read: the results of a batch by pages of the cursor, over a bare SELECT of the same columns by pages.
-- reads under load: p99 of `GET /v1/jobs/{id}` at half the rate that the service reaches, over its idle p99.
+- reads under load: p99 of `GET /v1/jobs/{id}` at half the rate that the service reaches, over its idle p99; and of an
+  endpoint that does nothing, at the same rate.
 - waiting: 2,000 clients wait for a job each, `GET ...?wait=60`, before a worker starts; how long after the result was
   committed each has its answer.
 """
@@ -153,16 +154,20 @@ def measure_gets(access: Access, job_ids: list[str], seconds: float) -> Row:
 async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> Row:
     async with Connections(access) as connections:
 
-        async def get() -> float:
-            started = time.perf_counter()
-            await connections.get(f"/v1/jobs/{random.choice(job_ids)}")
-            return time.perf_counter() - started
+        async def get_job() -> float:
+            return await _timed(connections, f"/v1/jobs/{random.choice(job_ids)}")
 
-        await _closed_loop(get, 2, 1.0)
-        idle = await _closed_loop(get, 1, seconds)
-        full = await _closed_loop(get, 16, seconds)
+        async def get_nothing() -> float:
+            return await _timed(connections, "/livez")
+
+        await _closed_loop(get_job, 2, 1.0)
+        idle = await _closed_loop(get_job, 1, seconds)
+        full = await _closed_loop(get_job, 16, seconds)
         rate = len(full) / seconds
-        half = await _open_loop(get, rate / 2, seconds)
+        half = await _open_loop(get_job, rate / 2, seconds)
+        # The same from an endpoint that does nothing: what sender and processors make of such a load by themselves.
+        floor_idle = await _closed_loop(get_nothing, 1, seconds / 2)
+        floor_half = await _open_loop(get_nothing, rate / 2, seconds)
     p99_idle, p99_half = _p99(idle), _p99(half)
     return {
         "what": "GET /v1/jobs/{id}",
@@ -172,7 +177,16 @@ async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> R
         "half_p50_ms": round(statistics.median(half) * 1e3, 2),
         "half_p99_ms": round(p99_half * 1e3, 2),
         "ratio": round(p99_half / p99_idle, 2),
+        "floor_idle_p99_ms": round(_p99(floor_idle) * 1e3, 2),
+        "floor_half_p99_ms": round(_p99(floor_half) * 1e3, 2),
+        "floor_ratio": round(_p99(floor_half) / _p99(floor_idle), 2),
     }
+
+
+async def _timed(connections: Connections, path: str) -> float:
+    started = time.perf_counter()
+    await connections.get(path)
+    return time.perf_counter() - started
 
 
 class Connections:

@@ -28,22 +28,38 @@ def processor() -> str:
     return platform.processor()
 
 
-def write(what: str, command: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> Path:
-    """Writes `results/<machine>-<what>.json` and returns its path."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def write(
+    what: str,
+    command: str,
+    rows: Sequence[dict[str, Any]],
+    notes: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Writes `<machine>-<what>.json` to `folder` (`results`) and returns its path. name: of the machine's kind."""
+    name, folder = name or machine(), folder or RESULTS
+    versions = {package: _version(package) for package in PACKAGES}
     versions["python"] = platform.python_version()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     document = {
         "what": what,
-        "machine": {"name": machine(), "processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory)},
+        "machine": {"name": name, "processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory)},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions,
         "command": command,
         "notes": list(notes),
         "rows": list(rows),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{machine()}-{what}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{what}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

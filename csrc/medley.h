@@ -14,14 +14,12 @@
 extern "C" {
 #endif
 
-enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 2 };
+enum { MEDLEY_MAX_SITES = 3, MEDLEY_MAX_TILES = 16, MEDLEY_HEADER = 8, MEDLEY_ABI = 4 };
 enum { MEDLEY_BF16 = 0, MEDLEY_FP16 = 1 };
-// How weights arrive, and how shrink and expand meet.
+// How weights arrive. Shrink and expand are two launches, whose sums over K meet in a workspace.
 enum {
-  MEDLEY_FUSED = 0,   // one launch, sums over K through the shared memory of a cluster (sm_90)
-  MEDLEY_PLANES = 1,  // two launches, partial sums through a workspace
-  MEDLEY_BULK = 2,    // two launches, and weights by bulk copies (sm_90)
-  MEDLEY_JOINED = 3,  // the same in one launch, whose thread blocks wait for each other's sums (sm_90)
+  MEDLEY_RING = 0,  // by copies of 16 bytes a lane (sm_80)
+  MEDLEY_BULK = 1,  // by bulk copies (sm_90)
 };
 
 // A block of rows: up to `block_rows` that share an adapter.
@@ -45,19 +43,16 @@ typedef struct {
   const void* x;
   int64_t y_stride, x_stride;  // elements from row to row
   const MedleyItem* items;     // device
-  const int32_t* header;       // device, MEDLEY_HEADER numbers, the first 5 used: items; parts into which the columns of each are
-                               // divided; how many pairs (1 to 4) and tiles (1 or 2) a stage of MEDLEY_BULK and
-                               // MEDLEY_JOINED keeps; the most (tile, site) pairs of any item
+  const int32_t* header;       // device, MEDLEY_HEADER numbers, the first 4 used: items; parts into which the columns of each
+                               // are divided; how many pairs (1 to 4) and tiles (1 or 2) a stage of MEDLEY_BULK keeps
   int32_t max_items;           // capacity of `items`
   int32_t layer;
   int32_t dtype;
-  int32_t block_rows;  // 8, 16 or 32: the rows that an item may hold
+  int32_t block_rows;  // 8 or 32: the rows that an item may hold
   int32_t mode;
   int32_t pdl;  // 1: programmatic dependent launch
   void* workspace;
   int64_t workspace_bytes;
-  void* flags;  // MEDLEY_JOINED: of one group and `block_rows`, on one stream; zero before the first call
-  int64_t flags_bytes;
 } MedleyCall;
 
 // All return 0, or a CUDA error code, or -1 for an argument; `error` (NUL-terminated) then says what was wrong.
@@ -65,8 +60,6 @@ int medley_abi(void);
 int medley_sgmv(const MedleyGroup* group, const MedleyCall* call, void* stream, char* error, int64_t error_bytes);
 // Bytes of workspace that a mode wants for so many items.
 int64_t medley_sgmv_workspace(const MedleyGroup* group, int32_t max_items, int32_t block_rows, int32_t mode);
-// Bytes of flags that a mode wants for so many items.
-int64_t medley_sgmv_flags(int32_t max_items, int32_t mode);
 // How many parts of items the current device works on at once, and how many column blocks each should hold at least.
 int medley_sgmv_room(const MedleyGroup* group, int32_t block_rows, int32_t mode, int32_t* parts, int32_t* column_blocks,
                      char* error, int64_t error_bytes);
@@ -75,6 +68,18 @@ int medley_sgmv_room(const MedleyGroup* group, int32_t block_rows, int32_t mode,
 // is also written, last_token[row_map[row]].
 int medley_greedy(const float* logits, int64_t rows, int64_t vocab, int64_t* tokens, float* logprobs, uint8_t* is_bad,
                   const int64_t* row_map, int64_t* last_token, void* stream, char* error, int64_t error_bytes);
+
+// Virtual memory. Addresses and sizes are multiples of the granularity; the device's context is current. Nothing that
+// runs may use what is unmapped: the caller waits for it before.
+// The granularity of a device's memory in bytes; 0 where the device or its driver has no virtual memory.
+int medley_memory_granularity(int32_t device, int64_t* granularity, char* error, int64_t error_bytes);
+// Addresses without memory, and their end, once nothing is mapped there.
+int medley_memory_reserve(int64_t size, uint64_t* address, char* error, int64_t error_bytes);
+int medley_memory_release(uint64_t address, int64_t size, char* error, int64_t error_bytes);
+// Memory with anything in it at reserved addresses, as a whole, and its end. All or nothing; `handle` knows the memory.
+int medley_memory_map(int32_t device, uint64_t address, int64_t size, uint64_t* handle, char* error,
+                      int64_t error_bytes);
+int medley_memory_unmap(uint64_t address, int64_t size, uint64_t handle, char* error, int64_t error_bytes);
 
 #ifdef __cplusplus
 }

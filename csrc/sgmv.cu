@@ -10,31 +10,30 @@ using namespace medley;
 
 namespace {
 
-int blocks_of(int features) { return (features + kBlock - 1) / kBlock; }
+int num_blocks(int features) { return (features + kBlock - 1) / kBlock; }
 
-bool is_bulk(Step step) { return step == Step::kBulkShrink || step == Step::kBulkExpand || step == Step::kJoined; }
+bool is_bulk(Step step) { return step == Step::kBulkShrink || step == Step::kBulkExpand; }
+// Thread blocks among which an item's K, or its columns, are divided: a grid holds them whole.
+int blocks_of(Step step) { return is_bulk(step) ? 1 : ring::kSlices; }
 
 template <int HALVES>
 int smem_bytes(Step step, int max_pairs) {
-  if (step == Step::kBulkShrink) return bulk::shrink_bytes<HALVES>();
-  if (step == Step::kBulkExpand) return bulk::expand_bytes<HALVES>(max_pairs);
-  if (step == Step::kJoined) return bulk::kBlockBytesShared<HALVES>;
-  return ring::Smem<(HALVES + 1) / 2>::bytes(max_pairs);
+  constexpr int MT = (HALVES + 1) / 2;
+  switch (step) {
+    case Step::kBulkShrink: return bulk::shrink_bytes<HALVES>();
+    case Step::kBulkExpand: return bulk::expand_bytes<HALVES>(max_pairs);
+    case Step::kRingShrink: return ring::Smem<MT, ring::kShrink>::bytes(max_pairs);
+    case Step::kRingExpand: return ring::Smem<MT, ring::kExpand>::bytes(max_pairs);
+  }
+  return 0;
 }
 
 int smem_bytes(int block_rows, Step step, int max_pairs) {
-  if (block_rows == 8) return smem_bytes<1>(step, max_pairs);
-  return block_rows == 16 ? smem_bytes<2>(step, max_pairs) : smem_bytes<4>(step, max_pairs);
+  return block_rows == 8 ? smem_bytes<1>(step, max_pairs) : smem_bytes<4>(step, max_pairs);
 }
 
-// What a mode launches.
-int steps_of(int mode, Step (&steps)[2]) {
-  if (mode == MEDLEY_FUSED) return steps[0] = Step::kFused, 1;
-  if (mode == MEDLEY_JOINED) return steps[0] = Step::kJoined, 1;
-  steps[0] = mode == MEDLEY_PLANES ? Step::kRingShrink : Step::kBulkShrink;
-  steps[1] = mode == MEDLEY_PLANES ? Step::kRingExpand : Step::kBulkExpand;
-  return 2;
-}
+Step shrink_of(int mode) { return mode == MEDLEY_RING ? Step::kRingShrink : Step::kBulkShrink; }
+Step expand_of(int mode) { return mode == MEDLEY_RING ? Step::kRingExpand : Step::kBulkExpand; }
 
 int check_group(const MedleyGroup* g, char* error, int64_t bytes) {
   if (g->num_sites < 1 || g->num_sites > MEDLEY_MAX_SITES)
@@ -50,11 +49,11 @@ int check_group(const MedleyGroup* g, char* error, int64_t bytes) {
 struct Launch {
   Kernel kernel;
   cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attribute;
 };
 
 // Blocks that are resident on the device at once; asked once for each kernel and size, since the answer is slow.
-int resident_blocks(Launch& launch, bool is_cluster, int most_smem, int* blocks, char* error, int64_t bytes) {
+int resident_blocks(Launch& launch, int most_smem, int* blocks, char* error, int64_t bytes) {
   struct Known {
     Kernel kernel;
     size_t smem;
@@ -75,23 +74,15 @@ int resident_blocks(Launch& launch, bool is_cluster, int most_smem, int* blocks,
   if (int code = report(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_smem),
                         "shared memory of the SGMV kernel", error, bytes))
     return code;
-  if (is_cluster) {
-    int clusters = 0;
-    if (int code = report(cudaOccupancyMaxActiveClusters(&clusters, function, &launch.config),
-                          "cudaOccupancyMaxActiveClusters", error, bytes))
-      return code;
-    *blocks = clusters * ring::kSlices;
-  } else {
-    int per_sm = 0, sms = 0;
-    if (int code = report(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, function, launch.config.blockDim.x,
-                                                                        launch.config.dynamicSmemBytes),
-                          "cudaOccupancyMaxActiveBlocksPerMultiprocessor", error, bytes))
-      return code;
-    if (int code = report(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-                          "cudaDeviceGetAttribute", error, bytes))
-      return code;
-    *blocks = per_sm * sms;
-  }
+  int per_sm = 0, sms = 0;
+  if (int code = report(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, function, launch.config.blockDim.x,
+                                                                      launch.config.dynamicSmemBytes),
+                        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", error, bytes))
+    return code;
+  if (int code = report(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute",
+                        error, bytes))
+    return code;
+  *blocks = per_sm * sms;
   if (*blocks < 1) return refuse(error, bytes, "the SGMV kernel does not fit on this device");
   if (num_known < 64) known[num_known++] = {launch.kernel, launch.config.dynamicSmemBytes, device, *blocks};
   return 0;
@@ -102,24 +93,17 @@ int prepare(const MedleyGroup* g, int dtype, int block_rows, Step step, bool pdl
   launch.kernel = (dtype == MEDLEY_BF16 ? pick_bf16 : pick_fp16)(block_rows, step);
   launch.config = {};
   launch.config.blockDim = dim3(is_bulk(step) ? bulk::kThreads : kThreads);
-  launch.config.gridDim = dim3(ring::kSlices);
   launch.config.dynamicSmemBytes = smem_bytes(block_rows, step, g->num_sites * MEDLEY_MAX_TILES);
   launch.config.stream = stream;
-  launch.config.attrs = launch.attributes;
-  if (step == Step::kFused) {
-    cudaLaunchAttribute& a = launch.attributes[launch.config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim = {ring::kSlices, 1, 1};
-  }
+  launch.config.attrs = &launch.attribute;
   const int most_smem = smem_bytes(block_rows, step, MEDLEY_MAX_SITES * MEDLEY_MAX_TILES);
   int blocks = 0;
-  if (int code = resident_blocks(launch, step == Step::kFused, most_smem, &blocks, error, bytes)) return code;
-  if (step == Step::kJoined && blocks > bulk::kMaxGrid) blocks = bulk::kMaxGrid;
-  launch.config.gridDim = dim3(is_bulk(step) ? blocks : blocks / ring::kSlices * ring::kSlices);
+  if (int code = resident_blocks(launch, most_smem, &blocks, error, bytes)) return code;
+  launch.config.gridDim = dim3(blocks / blocks_of(step) * blocks_of(step));
   if (pdl) {
-    cudaLaunchAttribute& a = launch.attributes[launch.config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
+    launch.config.numAttrs = 1;
+    launch.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    launch.attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return 0;
 }
@@ -131,26 +115,18 @@ extern "C" {
 int medley_abi(void) { return MEDLEY_ABI; }
 
 int64_t medley_sgmv_workspace(const MedleyGroup* g, int32_t max_items, int32_t block_rows, int32_t mode) {
-  if (mode == MEDLEY_FUSED) return 0;
-  const int64_t slices = mode == MEDLEY_PLANES ? ring::kSlices : bulk::kSlices;
+  const int64_t slices = mode == MEDLEY_RING ? ring::kSlices : bulk::kSlices;
   return max_items * slices * g->num_sites * MEDLEY_MAX_TILES * ((block_rows + 15) / 16) * kLanes * 16;
-}
-
-int64_t medley_sgmv_flags(int32_t max_items, int32_t mode) {
-  if (mode != MEDLEY_JOINED) return 0;
-  return (bulk::kMaxGrid + static_cast<int64_t>(max_items) * bulk::kSlices) * sizeof(int);
 }
 
 int medley_sgmv_room(const MedleyGroup* g, int32_t block_rows, int32_t mode, int32_t* parts, int32_t* column_blocks,
                      char* error, int64_t bytes) {
   if (int code = check_group(g, error, bytes)) return code;
   Launch launch = {};
-  Step steps[2];
-  const Step last = steps[steps_of(mode, steps) - 1];
-  if (int code = prepare(g, MEDLEY_BF16, block_rows, last, false, nullptr, launch, error, bytes)) return code;
-  const int blocks = static_cast<int>(launch.config.gridDim.x);
-  *parts = is_bulk(last) ? blocks : blocks / ring::kSlices;
-  *column_blocks = is_bulk(last) ? bulk::kWarps : ring::kSplit;
+  const Step step = expand_of(mode);
+  if (int code = prepare(g, MEDLEY_BF16, block_rows, step, false, nullptr, launch, error, bytes)) return code;
+  *parts = static_cast<int>(launch.config.gridDim.x) / blocks_of(step);
+  *column_blocks = is_bulk(step) ? bulk::kWarps : ring::kSplit;
   return 0;
 }
 
@@ -158,10 +134,10 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   if (int code = check_group(g, error, bytes)) return code;
   if (c->dtype != MEDLEY_BF16 && c->dtype != MEDLEY_FP16)
     return refuse(error, bytes, "dtype: got %d, wanted 0 (bfloat16) or 1 (float16)", c->dtype);
-  if (c->block_rows != 8 && c->block_rows != 16 && c->block_rows != 32)
-    return refuse(error, bytes, "block_rows: got %d, wanted 8, 16 or 32", c->block_rows);
-  if (c->mode < MEDLEY_FUSED || c->mode > MEDLEY_JOINED)
-    return refuse(error, bytes, "mode: got %d, wanted 0 (fused), 1 (planes), 2 (bulk) or 3 (joined)", c->mode);
+  if (c->block_rows != 8 && c->block_rows != 32)
+    return refuse(error, bytes, "block_rows: got %d, wanted 8 or 32", c->block_rows);
+  if (c->mode != MEDLEY_RING && c->mode != MEDLEY_BULK)
+    return refuse(error, bytes, "mode: got %d, wanted 0 (ring) or 1 (bulk)", c->mode);
   if (c->layer < 0 || c->layer >= g->num_layers)
     return refuse(error, bytes, "layer: got %d, wanted 0 to %d", c->layer, g->num_layers - 1);
   if (!c->y || reinterpret_cast<uintptr_t>(c->y) % 16 || c->y_stride % 8)
@@ -175,10 +151,6 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   if (c->workspace_bytes < wanted || (wanted && !c->workspace))
     return refuse(error, bytes, "workspace: got %lld bytes, wanted %lld", static_cast<long long>(c->workspace_bytes),
                   static_cast<long long>(wanted));
-  const int64_t wanted_flags = medley_sgmv_flags(c->max_items, c->mode);
-  if (c->flags_bytes < wanted_flags || (wanted_flags && !c->flags))
-    return refuse(error, bytes, "flags: got %lld bytes, wanted %lld", static_cast<long long>(c->flags_bytes),
-                  static_cast<long long>(wanted_flags));
 
   Params p = {};
   p.y = c->y;
@@ -188,17 +160,15 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   p.items = c->items;
   p.header = c->header;
   p.planes = static_cast<float4*>(c->workspace);
-  p.epochs = static_cast<int*>(c->flags);
-  p.flags = c->flags ? p.epochs + bulk::kMaxGrid : nullptr;
   p.in_features = g->in_features;
-  p.k_blocks = blocks_of(g->in_features);
+  p.k_blocks = num_blocks(g->in_features);
   p.max_pairs = g->num_sites * MEDLEY_MAX_TILES;
   int column = 0;
   for (int s = 0; s < MEDLEY_MAX_SITES; ++s) {
     p.n_begin[s] = s < g->num_sites ? p.num_column_blocks : INT_MAX;
     if (s >= g->num_sites) continue;
     p.out_features[s] = g->out_features[s];
-    p.num_column_blocks += blocks_of(g->out_features[s]);
+    p.num_column_blocks += num_blocks(g->out_features[s]);
     p.y_begin[s] = column;
     column += g->out_features[s];
   }
@@ -206,12 +176,10 @@ int medley_sgmv(const MedleyGroup* g, const MedleyCall* c, void* stream, char* e
   p.layer_offset = static_cast<long long>(c->layer) * (p.b_offset + p.num_column_blocks * kBlockBytes);
   p.scale_offset = c->layer * g->model_sites + g->first_site;
 
-  Step steps[2];
-  const int num_launches = steps_of(c->mode, steps);
-  for (int i = 0; i < num_launches; ++i) {
+  for (const Step step : {shrink_of(c->mode), expand_of(c->mode)}) {
     Launch launch = {};
     const auto to = static_cast<cudaStream_t>(stream);
-    if (int code = prepare(g, c->dtype, c->block_rows, steps[i], c->pdl != 0, to, launch, error, bytes)) return code;
+    if (int code = prepare(g, c->dtype, c->block_rows, step, c->pdl != 0, to, launch, error, bytes)) return code;
     void* arguments[] = {&p};
     const void* function = reinterpret_cast<const void*>(launch.kernel);
     if (int code = report(cudaLaunchKernelExC(&launch.config, function, arguments), "launch of SGMV", error, bytes))

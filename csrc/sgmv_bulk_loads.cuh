@@ -1,5 +1,5 @@
 // How weights, x and y come to a warp of the bulk kernels: weights by bulk copies through a ring of stages, rows of x and
-// y into registers a step ahead.
+// y into registers ahead of their use.
 #pragma once
 
 #include "sgmv_common.cuh"
@@ -8,17 +8,18 @@ namespace medley::bulk {
 
 constexpr int kWarps = 4, kThreads = kWarps * kLanes;
 constexpr int kSlices = 8;
-constexpr int kGroup = 4;               // (tile, site) pairs in one stage at the most; of tiles, two
+constexpr int kGroup = 4;               // (tile, site) pairs in one stage at the most
+constexpr int kTiles = 2;               // tiles in one stage at the most
 constexpr int kDepth = 2;               // neighbouring blocks, of K or of columns, that a warp works on in a step
 constexpr int kStep = kDepth * kWarps;  // blocks in a step
 constexpr int kCopyBytes = kDepth * kBlockBytes;  // of one pair or tile in a stage
 constexpr int kMaxStages = 8;
 // Thread blocks on a multiprocessor. Four small ones hide each other's waits better than two large ones.
 template <int HALVES>
-constexpr int kResident = HALVES <= 2 ? 4 : 2;
-// An item's rows, 8 to a half; the tensor cores take two halves at once.
+constexpr int kResident = HALVES == 1 ? 4 : 2;
+// Steps by which loads of y run ahead of their use; of x it is one.
 template <int HALVES>
-constexpr int kPairsOfHalves = (HALVES + 1) / 2;
+constexpr int kAhead = HALVES == 1 ? 2 : 1;
 
 inline __device__ unsigned address_of(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -85,7 +86,7 @@ struct Ring {
   }
 };
 
-// 8 numbers of x or y for each row of a lane and each of the warp's blocks in a step, loaded a step ahead.
+// 8 numbers of x or y for each row of a lane and each of the warp's blocks in a step.
 template <int HALVES>
 struct Ahead {
   uint4 values[kDepth][HALVES];
@@ -98,7 +99,7 @@ struct Lanes {
   unsigned offset, half;  // bytes: to this lane's row and columns, and to its row 8 further on
   int left[HALVES];       // columns from there on that this lane may touch; 0 or less for rows that are not there
 
-  // columns: where the step begins, and where what may be touched ends.
+  // columns: where the first step begins, and where what may be touched ends.
   __device__ Lanes(const void* rows, long long stride, const Work& work, int begin, int end, int warp, int group, int quad)
       : base(static_cast<char*>(const_cast<void*>(rows))) {
     const int column = begin + warp * kDepth * kBlock + quad * 8;
@@ -107,15 +108,18 @@ struct Lanes {
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) left[h] = h * 8 + group < work.num_rows ? end - column : 0;
   }
-  __device__ char* at(int d, int h) const { return base + (offset + h * half + d * kBlock * 2); }
-  __device__ bool has(int d, int h) const { return d * kBlock < left[h]; }
-  __device__ void load(Ahead<HALVES>& ahead) const {
+  // `step`: counted from where this stands.
+  __device__ char* at(int step, int d, int h) const {
+    return base + (offset + h * half + (step * kStep + d) * kBlock * 2);
+  }
+  __device__ bool has(int step, int d, int h) const { return (step * kStep + d) * kBlock < left[h]; }
+  __device__ void load(Ahead<HALVES>& ahead, int step = 0) const {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) {
         ahead.values[d][h] = make_uint4(0, 0, 0, 0);
-        if (has(d, h)) ahead.values[d][h] = __ldcg(reinterpret_cast<const uint4*>(at(d, h)));
+        if (has(step, d, h)) ahead.values[d][h] = __ldcg(reinterpret_cast<const uint4*>(at(step, d, h)));
       }
   }
   __device__ void advance() {

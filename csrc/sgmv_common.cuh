@@ -19,8 +19,7 @@ struct Params {
   long long y_stride, x_stride;
   const MedleyItem* items;
   const int* header;  // medley.h
-  float4* planes;
-  int *flags, *epochs;     // mode "joined": of each unit of shrink, of each thread block
+  float4* planes;          // the workspace
   long long layer_offset;  // bytes from a tile's start to this layer
   int in_features, k_blocks, max_pairs, num_column_blocks;
   int out_features[MEDLEY_MAX_SITES];
@@ -56,21 +55,24 @@ struct Number<__nv_bfloat16> {
     __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
     return *reinterpret_cast<unsigned*>(&pair);
   }
-  // A low-rank value goes through the unit twice: as bfloat16, then what that leaves, 16 bits of mantissa in all.
-  static __device__ uint4 encode(float4 v, float scale) {
+  // Two low-rank values, scaled, as two operands: as bfloat16, and what that leaves, 16 bits of mantissa in all.
+  static __device__ uint2 encode(float2 v, float scale) {
     // Rounded here: fused into the subtraction below it would depend on how a kernel was compiled.
-    v = make_float4(__fmul_rn(v.x, scale), __fmul_rn(v.y, scale), __fmul_rn(v.z, scale), __fmul_rn(v.w, scale));
-    const unsigned top = pack(v.x, v.y), bottom = pack(v.z, v.w);
-    const float2 a = unpack(top), b = unpack(bottom);
-    return make_uint4(top, bottom, pack(v.x - a.x, v.y - a.y), pack(v.z - b.x, v.w - b.y));
+    v = make_float2(__fmul_rn(v.x, scale), __fmul_rn(v.y, scale));
+    const unsigned head = pack(v.x, v.y);
+    const float2 kept = unpack(head);
+    return make_uint2(head, pack(v.x - kept.x, v.y - kept.y));
   }
-  // Two tiles, 16 ranks, of 32 columns. v0, v1: `encode`d; w0, w1: their blocks of B.
-  static __device__ void expand(float (&acc)[4][4], uint4 v0, uint4 v1, uint4 w0, uint4 w1) {
-    const unsigned b0[4] = {w0.x, w0.y, w0.z, w0.w}, b1[4] = {w1.x, w1.y, w1.z, w1.w};
+  // A tile, 8 ranks, of 32 columns. v: `encode`d; w: its block of B. The unit takes 16 rows: 8 rows' heads, and below
+  // them what these left. acc[j]: two columns of the heads' sum, then of the rests'.
+  static __device__ void expand(float (&acc)[4][4], uint2 v, uint4 w) {
+    const unsigned words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      mma(acc[j], v0.x, v0.y, v1.x, v1.y, b0[j], b1[j]);
-      mma(acc[j], v0.z, v0.w, v1.z, v1.w, b0[j], b1[j]);
+      float(&c)[4] = acc[j];
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(v.x), "r"(v.y), "r"(words[j]));
     }
   }
 };
@@ -89,32 +91,21 @@ struct Number<__half> {
     return *reinterpret_cast<unsigned*>(&pair);
   }
   // Half's range is too small for sums over K, so low-rank values stay float32 here.
-  static __device__ uint4 encode(float4 v, float scale) {
-    return make_uint4(__float_as_uint(v.x * scale), __float_as_uint(v.y * scale), __float_as_uint(v.z * scale),
-                      __float_as_uint(v.w * scale));
+  static __device__ uint2 encode(float2 v, float scale) {
+    return make_uint2(__float_as_uint(v.x * scale), __float_as_uint(v.y * scale));
   }
-  static __device__ void expand(float (&acc)[4][4], uint4 v0, uint4 v1, uint4 w0, uint4 w1) {
-    expand_tile(acc, v0, w0);
-    expand_tile(acc, v1, w1);
-  }
-  // As tf32, twice: the first 11 bits, then what they leave.
-  static __device__ void expand_tile(float (&acc)[4][4], uint4 v, uint4 w) {
-    const unsigned words[4] = {w.x, w.y, w.z, w.w}, full[4] = {v.x, v.z, v.y, v.w};
-    float head[4], rest[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      head[i] = __uint_as_float(full[i] & 0xffffe000u);
-      rest[i] = __uint_as_float(full[i]) - head[i];
-    }
+  // As tf32: the first 11 bits, and below them what these leave.
+  static __device__ void expand(float (&acc)[4][4], uint2 v, uint4 w) {
+    const unsigned words[4] = {w.x, w.y, w.z, w.w};
+    const float x = __uint_as_float(v.x & 0xffffe000u), y = __uint_as_float(v.y & 0xffffe000u);
+    const float operand[4] = {x, __uint_as_float(v.x) - x, y, __uint_as_float(v.y) - y};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float2 b = unpack(words[j]);
-      mma_tf32(acc[j], head, b.x, b.y);
-      mma_tf32(acc[j], rest, b.x, b.y);
+      mma_tf32(acc[j], operand, b.x, b.y);
     }
   }
 };
-
 
 inline __device__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -127,37 +118,16 @@ inline __device__ void let_next_kernel_start() {
 #endif
 }
 
-// Words by which thread blocks of one launch tell each other that something has been written.
-inline __device__ void store_release(int* to, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-inline __device__ int load_acquire(const int* from) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-inline __device__ void store_relaxed(int* to, int value) {
-  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-inline __device__ int load_relaxed(const int* from) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-
 inline __device__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 // One item as a warp sees it: every lane holds the fields, lane t the pointer to tile t.
 struct Work {
-  int block, part, num_parts, row_start, num_rows, num_tiles, site_mask, num_active, num_pairs;
+  int row_start, num_rows, num_tiles, site_mask, num_active, num_pairs;
   const float* scales;
   const char* tile;
 
-  __device__ void load(const Params& p, int unit, int parts, int lane) {
-    block = unit / parts;
-    part = unit - block * parts;
-    num_parts = parts;
-    const MedleyItem* from = p.items + block;
+  __device__ void load(const Params& p, int item, int lane) {
+    const MedleyItem* from = p.items + item;
     row_start = from->row_start;
     num_rows = from->num_rows;
     num_tiles = from->num_tiles;
@@ -189,8 +159,8 @@ inline __device__ const char* from_lane(const char* value, int lane) {
 
 using Kernel = void (*)(const Params);
 
-// What a mode launches, for items of `block_rows` rows: one kernel, or shrink and expand.
-enum class Step { kFused, kRingShrink, kRingExpand, kBulkShrink, kBulkExpand, kJoined };
+// What a mode launches, for items of `block_rows` rows.
+enum class Step { kRingShrink, kRingExpand, kBulkShrink, kBulkExpand };
 Kernel pick_bf16(int block_rows, Step step);
 Kernel pick_fp16(int block_rows, Step step);
 

@@ -10,19 +10,17 @@ template <typename T, int HALVES>
 Kernel pick_step(Step step) {
   constexpr int MT = (HALVES + 1) / 2;
   switch (step) {
-    case Step::kFused: return ring::sgmv_kernel<T, MT, ring::kFused>;
     case Step::kRingShrink: return ring::sgmv_kernel<T, MT, ring::kShrink>;
     case Step::kRingExpand: return ring::sgmv_kernel<T, MT, ring::kExpand>;
     case Step::kBulkShrink: return bulk::shrink_kernel<T, HALVES>;
     case Step::kBulkExpand: return bulk::expand_kernel<T, HALVES>;
-    case Step::kJoined: return bulk::joined_kernel<T, HALVES>;
   }
   return nullptr;
 }
 
 template <typename T>
 Kernel pick(int block_rows, Step step) {
-  return block_rows == 8 ? pick_step<T, 1>(step) : block_rows == 16 ? pick_step<T, 2>(step) : pick_step<T, 4>(step);
+  return block_rows == 8 ? pick_step<T, 1>(step) : pick_step<T, 4>(step);
 }
 
 }  // namespace medley

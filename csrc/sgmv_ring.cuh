@@ -1,25 +1,21 @@
-// SGMV with loads of 16 bytes a lane, kept in flight in a ring of shared memory. One launch, in which the slices of a
-// cluster exchange their sums through distributed shared memory (sm_90), or two with the sums in a workspace (sm_80).
+// SGMV for sm_80: loads of 16 bytes a lane, kept in flight in a ring of shared memory; sums over K through a workspace, in
+// two launches.
 //
 // How a row's sums are ordered depends on K alone: 32 warps (4 slices, 8 warps each) take the blocks of 32 along K in
 // turn, a warp adds its own in order, then the 8 warps of a slice are added in order, then the slices. So a row's bits
-// are the same in any batch, block or launch mode. There is no atomic and nothing to clear.
+// are the same in any batch and any block. There is no atomic and nothing to clear.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include "sgmv_common.cuh"
 
 namespace medley::ring {
-
-namespace cg = cooperative_groups;
 
 constexpr int kSlices = 4;
 constexpr int kSplit = kSlices * kWarps;  // warps among which K, and the columns, of an item are divided
 constexpr int kRing = 12;                 // loads that a thread has in flight, one of them being read
 constexpr int kPassPairs = 8;             // (tile, site) pairs that a warp works on together
 
-enum Mode { kFused, kShrink, kExpand };
+enum Mode { kShrink, kExpand };
 
 // 16 bytes to this thread's own place in shared memory; past `is_valid` zeros are written and nothing is read.
 inline __device__ void copy_async(uint4* to, const void* from, bool is_valid) {
@@ -33,37 +29,19 @@ inline __device__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A cluster's barrier in two halves; nothing where there are no clusters, and no kernel that would use one.
-inline __device__ void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-inline __device__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-inline __device__ const float4* of_slice(float4* here, int slice) {
-#if __CUDA_ARCH__ >= 900
-  return cg::this_cluster().map_shared_rank(here, slice);
-#else
-  return here;
-#endif
-}
-
 // Walks the 16-byte loads of a warp in the order in which they are used, over all of its items, and issues them
 // ahead of their use. A load goes to the lane's own place in the ring, so that no barrier is needed.
 //
-// The order: for each pass of up to kPassPairs (tile, site) pairs, for each of the warp's blocks of K: the pairs'
-// weights, then x, 8 rows a load. Then for each of its blocks of columns: the tiles' weights, then y, 8 rows a load.
+// The order of shrink: for each pass of up to kPassPairs (tile, site) pairs, for each of the warp's blocks of K: the pairs'
+// weights, then x, 8 rows a load. Of expand: for each block of columns the tiles' weights, then y, 8 rows a load.
 template <Mode M>
 struct Loads {
   const Params& p;
   uint4* ring;  // [kRing] of this thread, kThreads apart
   int item, num_items, parts, stride, lane, warp;
   Work work;
-  bool is_done, is_expand;
+  int part;  // of `item`
+  bool is_done;
   int at, num_weights, end;    // place in the present block of K or of columns: weights, then x or y
   int block, pair;             // block of K or of columns; first pair of the pass
   const char* weights;         // lane u: where weight u of the present pass or tile begins
@@ -78,14 +56,14 @@ struct Loads {
   // Start on `item`, or on the next one that has anything for this warp.
   __device__ void open() {
     for (; item < num_items; item += stride) {
-      work.load(p, item, parts, lane);
-      if (M == kShrink && work.part != 0) continue;
-      if (M != kExpand && warp < p.k_blocks && work.num_pairs > 0) {
-        is_expand = false;
+      work.load(p, item / parts, lane);
+      part = item % parts;
+      if (M == kExpand) {
+        if (open_columns(part * kSplit + warp)) return;
+      } else if (part == 0 && warp < p.k_blocks && work.num_pairs > 0) {
         open_pass(0);
         return;
       }
-      if (M != kShrink && open_columns(work.part * kSplit + warp)) return;
     }
     is_done = true;
   }
@@ -103,12 +81,11 @@ struct Loads {
 
   // Go to column block `from` or the next one that this item adapts; false: there is none.
   __device__ bool open_columns(int from) {
-    is_expand = true;
     weights = work.tile + p.b_offset;
     num_weights = work.num_tiles;
     end = num_weights + work.halves();
     at = 0;
-    for (block = from; block < p.num_column_blocks; block += work.num_parts * kSplit)
+    for (block = from; block < p.num_column_blocks; block += parts * kSplit)
       if (work.has(site_of_column_block(p, block))) return true;
     return false;
   }
@@ -124,7 +101,7 @@ struct Loads {
       const int row = (at - num_weights) * 8 + lane / 4;
       int column = block * kBlock + lane % 4 * 8;
       long long offset;
-      if (!is_expand) {
+      if (M == kShrink) {
         is_valid = column < p.in_features;
         from = static_cast<const char*>(p.x);
         offset = (work.row_start + row) * p.x_stride + column;
@@ -145,13 +122,12 @@ struct Loads {
   }
 
   __device__ void advance() {
-    if (!is_expand) {
+    if (M == kShrink) {
       at = 0;
       block += kSplit;
       if (block < p.k_blocks) return;
       if (pair + kPassPairs < work.num_pairs) return open_pass(pair + kPassPairs);
-      if (M != kShrink && open_columns(work.part * kSplit + warp)) return;
-    } else if (open_columns(block + work.num_parts * kSplit)) {
+    } else if (open_columns(block + parts * kSplit)) {
       return;
     }
     item += stride;
@@ -169,23 +145,17 @@ struct Loads {
   }
 };
 
-// float4s: of the ring, of the warps' partial sums (later the low-rank rows), of this slice's sums.
-template <int MT>
+// 16-byte units: of the ring, and behind it of the warps' partial sums (shrink) or the low-rank rows (expand).
+template <int MT, Mode M>
 struct Smem {
   static constexpr int kRingSize = kRing * kThreads, kPairSize = MT * kLanes, kPart = kWarps * kPassPairs * kPairSize;
-  static __host__ __device__ int shared_size(int max_pairs) {
-    return kPart > max_pairs * kPairSize ? kPart : max_pairs * kPairSize;
-  }
-  static int bytes(int max_pairs) { return (kRingSize + shared_size(max_pairs) + max_pairs * kPairSize) * 16; }
+  static int bytes(int max_pairs) { return (kRingSize + (M == kShrink ? kPart : max_pairs * kPairSize)) * 16; }
 };
 
 template <typename T, int MT, Mode M>
 __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) sgmv_kernel(const __grid_constant__ Params p) {
   extern __shared__ uint4 smem[];
-  using S = Smem<MT>;
-  float4* part = reinterpret_cast<float4*>(smem + S::kRingSize);  // [warps][pass pairs][MT][lanes]
-  uint4* low = reinterpret_cast<uint4*>(part);                    // [pairs][MT][lanes], of all slices, scaled
-  float4* sums = part + S::shared_size(p.max_pairs);              // [pairs][MT][lanes], of this slice
+  using S = Smem<MT, M>;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, group = lane / 4, quad = lane % 4;
   const int slice = blockIdx.x % kSlices, cluster = blockIdx.x / kSlices, num_clusters = gridDim.x / kSlices;
   const int warp_of_item = slice * kWarps + warp;
@@ -204,20 +174,19 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) sgmv_kernel(const _
     commit_copies();
   }
 
-  bool must_wait = false;  // for the cluster to have read `sums` of the item before
   Work work;
   for (int item = cluster; item < num_items; item += num_clusters) {
-    work.load(p, item, parts, lane);
-    float4* plane = nullptr;  // [slices][pairs][MT][lanes] of this block
-    if constexpr (M != kFused)
-      plane = p.planes + static_cast<long long>(work.block) * kSlices * p.max_pairs * S::kPairSize;
-    if constexpr (M == kShrink)
-      if (work.part != 0) continue;
+    const int block = item / parts, part_of_item = item % parts;
+    if (M == kShrink && part_of_item != 0) continue;
+    work.load(p, block, lane);
+    // [slices][pairs][MT][lanes] of this block
+    float4* plane = p.planes + static_cast<long long>(block) * kSlices * p.max_pairs * S::kPairSize;
     // Of a tile of 16 rows lane l holds rows l / 4 and l / 4 + 8: with few rows, few lanes have anything to add.
     const bool has_row = group < work.num_rows;
     const int halves = work.halves();
 
-    if constexpr (M != kExpand) {
+    if constexpr (M == kShrink) {
+      float4* part = reinterpret_cast<float4*>(smem + S::kRingSize);  // [warps][pass pairs][MT][lanes]
       for (int first = 0; first < work.num_pairs; first += kPassPairs) {
         const int count = min(kPassPairs, work.num_pairs - first);
         float acc[kPassPairs][MT][4] = {};
@@ -247,67 +216,39 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) sgmv_kernel(const _
               part[((warp * kPassPairs + i) * MT + m) * kLanes + lane] =
                   make_float4(acc[i][m][0], acc[i][m][1], acc[i][m][2], acc[i][m][3]);
         __syncthreads();
-        if constexpr (M == kFused)
-          if (must_wait) {
-            wait_for_cluster();
-            must_wait = false;
-          }
         for (int e = warp; e < count * MT; e += kWarps)
           if (has_row) {
             float4 sum = part[e * kLanes + lane];
 #pragma unroll
             for (int w = 1; w < kWarps; ++w) sum = sum + part[(w * kPassPairs * MT + e) * kLanes + lane];
-            const int to = (first * MT + e) * kLanes + lane;
-            if constexpr (M == kShrink)
-              plane[slice * p.max_pairs * S::kPairSize + to] = sum;
-            else
-              sums[to] = sum;
+            plane[slice * p.max_pairs * S::kPairSize + (first * MT + e) * kLanes + lane] = sum;
           }
-        if (M == kShrink || first + kPassPairs < work.num_pairs) __syncthreads();
+        __syncthreads();
       }
-    }
-
-    if constexpr (M != kShrink) {
-      if constexpr (M == kFused) {
-        arrive_at_cluster();
-        wait_for_cluster();
-      }
+    } else {
+      uint2* low = reinterpret_cast<uint2*>(smem + S::kRingSize);  // [pairs][2 MT][lanes], of all slices, scaled
       for (int e = warp; e < work.num_pairs * MT; e += kWarps)
         if (has_row) {
-          float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+          float4 sum = __ldcg(plane + e * kLanes + lane);
 #pragma unroll
-          for (int s = 0; s < kSlices; ++s) {
-            if constexpr (M == kFused)
-              sum = sum + *of_slice(sums + e * kLanes + lane, s);
-            else
-              sum = sum + __ldcg(plane + (s * p.max_pairs * MT + e) * kLanes + lane);
-          }
+          for (int s = 1; s < kSlices; ++s) sum = sum + __ldcg(plane + (s * p.max_pairs * MT + e) * kLanes + lane);
           const float scale = __ldg(work.scales + work.site(e / MT % work.num_active));
-          low[e * kLanes + lane] = Number<T>::encode(sum, scale);
+          low[2 * e * kLanes + lane] = Number<T>::encode(make_float2(sum.x, sum.y), scale);
+          low[(2 * e + 1) * kLanes + lane] = Number<T>::encode(make_float2(sum.z, sum.w), scale);
         }
-      if constexpr (M == kFused) {
-        arrive_at_cluster();
-        must_wait = true;
-      }
       __syncthreads();
       if (item + num_clusters >= num_items) let_next_kernel_start();
 
-      for (int n = work.part * kSplit + warp_of_item; n < p.num_column_blocks; n += work.num_parts * kSplit) {
+      for (int n = part_of_item * kSplit + warp_of_item; n < p.num_column_blocks; n += parts * kSplit) {
         const int s = site_of_column_block(p, n);
         if (!work.has(s)) continue;
-        const uint4* mine = low + work.active_of(s) * S::kPairSize + lane;
-        const int tile_step = work.num_active * S::kPairSize;
-        float acc[MT][4][4] = {};
-        for (int t = 0; t < work.num_tiles; t += 2) {
-          const bool has_second = t + 1 < work.num_tiles;
-          const uint4 w0 = loads.take();
-          const uint4 w1 = has_second ? loads.take() : make_uint4(0, 0, 0, 0);
+        const uint2* mine = low + work.active_of(s) * 2 * MT * kLanes + lane;
+        const int tile_step = work.num_active * 2 * MT * kLanes;
+        float acc[2 * MT][4][4] = {};
+        for (int t = 0; t < work.num_tiles; ++t) {
+          const uint4 w = loads.take();
 #pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            const uint4 v0 = mine[t * tile_step + m * kLanes];
-            const uint4 v1 = has_second ? mine[(t + 1) * tile_step + m * kLanes] : make_uint4(0, 0, 0, 0);
-            Number<T>::expand(acc[m], v0, v1, w0, w1);
-          }
+          for (int h = 0; h < 2 * MT; ++h) Number<T>::expand(acc[h], mine[t * tile_step + h * kLanes], w);
         }
         const int column = (n - p.n_begin[s]) * kBlock + quad * 8;
 #pragma unroll
@@ -321,18 +262,17 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) sgmv_kernel(const _
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               const float2 y = Number<T>::unpack(words[j]);
-              after[j] = Number<T>::pack(y.x + acc[h / 2][j][h % 2 * 2], y.y + acc[h / 2][j][h % 2 * 2 + 1]);
+              const float* sum = acc[h][j];
+              after[j] = Number<T>::pack(y.x + (sum[0] + sum[2]), y.y + (sum[1] + sum[3]));
             }
             T* to = static_cast<T*>(p.y) + (work.row_start + row) * p.y_stride + p.y_begin[s] + column;
             *reinterpret_cast<uint4*>(to) = make_uint4(after[0], after[1], after[2], after[3]);
           }
         }
       }
-      __syncthreads();  // `low` lies where the next item's partial sums go
+      __syncthreads();  // `low` is written again for the next item
     }
   }
-  if constexpr (M == kFused)
-    if (must_wait) wait_for_cluster();
 }
 
 }  // namespace medley::ring

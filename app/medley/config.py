@@ -19,10 +19,12 @@ from medley.connection_urls import (
     SSL_MODES,
     encryption_weakness,
     is_default,
+    is_loopback,
     password_weakness,
     with_password,
     with_query,
 )
+from medley.spec.webhooks import read_secret
 
 MIB = 1 << 20
 # Where `medley up` keeps everything unless told otherwise.
@@ -39,10 +41,12 @@ SECRET_KEYS = frozenset(
         "MEDLEY_STORE_SECRET_KEY",
         "MEDLEY_API_PASSWORD",
         "MEDLEY_WORK_PASSWORD",
+        "MEDLEY_SCALE_HOOK_SECRET",
     }
 )
 # How a remote store is reached: for the processes that reach it, and not for their children.
 STORE_KEYS = ("STORE_ENDPOINT", "STORE_REGION", "STORE_ACCESS_KEY", "STORE_SECRET_KEY")
+MIN_SECRET_BYTES = 24  # of the scale hook's; as Standard Webhooks asks
 LOG_FORMATS = frozenset({"line", "bare", "json"})
 
 T = TypeVar("T")
@@ -112,7 +116,29 @@ class WorkerSettings:
     tensor_parallel: int = 1  # devices that share the model, `device` and those after it
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
     store_cache_bytes: int = 20 << 30
-    starts_asleep: bool = True  # asleep until the dispatcher wakes it: the model is not loaded
+    starts_asleep: bool = True  # asleep until the dispatcher wakes it
+    # What an engine does while the worker is asleep. "off": there is none. "host": it has its weights in host memory.
+    # "warm": the same, and one is loaded before the worker is first woken. None: "host" on CUDA, "off" on a CPU.
+    sleep: str | None = None
+
+    @property
+    def keeps_engine(self) -> bool:
+        """Whether an engine stays while the worker is asleep."""
+        return self.device.startswith("cuda") if self.sleep is None else self.sleep != "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSettings:
+    """What the dispatcher tells those who start and stop machines."""
+
+    hook: str | None = None  # an executable's path or a URL; None: nobody is called
+    hook_secret: str | None = field(default=None, repr=False)  # whsec_..., of a URL
+    hook_timeout_s: float = 30.0
+    wait_s: float = 30.0  # as many workers are wanted as would begin all that waits within this time
+    release_after_s: float = 600.0  # of sleep, after which a worker may be released
+    repeat_s: float = 60.0  # while a condition stands
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None  # None: no metrics are served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +161,7 @@ class Settings:
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
     worker: WorkerSettings = WorkerSettings()
+    scale: ScaleSettings = ScaleSettings()
     webhook_loopback: bool = False  # webhooks may lead to this machine, and be plain HTTP: `medley up` and tests
     health_file: Path | None = None  # touched on each turn of the process's loop
     log_format: str = "line"
@@ -167,6 +194,7 @@ class Settings:
             limits=_limits(read),
             quotas=_quotas(read),
             worker=_worker(read),
+            scale=_scale(read),
             webhook_loopback=read.flag("MEDLEY_WEBHOOK_LOOPBACK", defaults.webhook_loopback),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
             log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
@@ -180,6 +208,12 @@ def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | Non
     if read.secret("MEDLEY_DATABASE_URL") is None:
         return None
     return _database_url(read)
+
+
+def redis_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
+    """MEDLEY_REDIS_URL and what belongs to it, for commands that can do without; None where it is not set."""
+    read = _Reader(os.environ if environ is None else environ)
+    return None if read.secret("MEDLEY_REDIS_URL") is None else _redis_url(read)
 
 
 def role_passwords_from_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -236,6 +270,13 @@ def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     for key in own | {f"{key}_FILE" for key in SECRET_KEYS}:
         env.pop(key, None)
     return env
+
+
+def scale_secret_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The scale hook's secret, or its file, as a supervisor hands it to the dispatcher alone."""
+    env = os.environ if environ is None else environ
+    keys = ("MEDLEY_SCALE_HOOK_SECRET", "MEDLEY_SCALE_HOOK_SECRET_FILE")
+    return {key: env[key] for key in keys if key in env}
 
 
 def runtime_root() -> Path:
@@ -344,6 +385,37 @@ def _worker(read: _Reader) -> WorkerSettings:
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
         store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
+        sleep=read.optional_choice("MEDLEY_SLEEP", {"off", "host", "warm"}),
+    )
+
+
+def _scale(read: _Reader) -> ScaleSettings:
+    default = ScaleSettings()
+    hook, secret = read.text("MEDLEY_SCALE_HOOK"), read.secret("MEDLEY_SCALE_HOOK_SECRET")
+    if hook is not None and hook.startswith(("http://", "https://")):
+        parts = urlsplit(hook)
+        if parts.hostname is None or parts.username is not None or parts.fragment:
+            raise ConfigError("MEDLEY_SCALE_HOOK", hook, "a URL with a host, without a user and a fragment")
+        is_excused = is_loopback(parts.hostname) or parts.hostname in read.plaintext_hosts
+        if parts.scheme == "http" and not is_excused:
+            wanted = "https://, or the host in MEDLEY_PLAINTEXT_HOSTS where the network itself is trusted"
+            raise ConfigError("MEDLEY_SCALE_HOOK", hook, wanted)
+        try:
+            is_signed = secret is not None and len(read_secret(secret)) >= MIN_SECRET_BYTES
+        except ValueError:
+            is_signed = False
+        if not is_signed:
+            wanted = f"whsec_ and at least {MIN_SECRET_BYTES} bytes in base64, with which calls of the URL are signed"
+            raise ConfigError("MEDLEY_SCALE_HOOK_SECRET", secret, wanted)
+    return ScaleSettings(
+        hook=hook,
+        hook_secret=secret,
+        hook_timeout_s=read.seconds("MEDLEY_SCALE_HOOK_TIMEOUT_S", default.hook_timeout_s),
+        wait_s=read.seconds("MEDLEY_SCALE_WAIT_S", default.wait_s),
+        release_after_s=read.seconds("MEDLEY_SCALE_RELEASE_AFTER_S", default.release_after_s),
+        repeat_s=read.seconds("MEDLEY_SCALE_REPEAT_S", default.repeat_s),
+        metrics_host=read.text("MEDLEY_METRICS_HOST") or default.metrics_host,
+        metrics_port=read.optional_whole("MEDLEY_METRICS_PORT", low=0, high=65535),
     )
 
 

@@ -63,7 +63,7 @@ def password_weakness(url: str) -> str | None:
 
 def encryption_weakness(url: str, plaintext_hosts: Collection[str]) -> str | None:
     """What is wanted of a connection that others could read, or None. Hosts in `plaintext_hosts` are excused."""
-    exposed = [host for host in _hosts(url) if not _is_loopback(host) and host not in plaintext_hosts]
+    exposed = [host for host in _hosts(url) if not is_loopback(host) and host not in plaintext_hosts]
     if not exposed or _is_encrypted(url):
         return None
     wanted = (
@@ -95,7 +95,8 @@ def _without_port(host: str) -> str:
     return host.partition(":")[0] if host.count(":") == 1 else host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine."""
     if host == "localhost":
         return True
     try:

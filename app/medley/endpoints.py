@@ -1,4 +1,4 @@
-"""Where a tenant's webhook may lead, and one POST there: never into the operator's own network.
+"""Where a tenant's webhook may lead, and one POST there: never into the operator's own network. And his own hooks'.
 
 A URL is judged when it is registered, its addresses each time something is sent: the name is resolved once, every
 address that it has is checked, and the connection goes to a checked address itself, so that a second answer of the
@@ -25,6 +25,8 @@ TOTAL_S = 15.0  # of one attempt, from the connection to the status line
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Addresses of the old internet inside those of the new: what they lead to is judged.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Of no use on the public internet, though `is_global` may say so: addresses of a site, of protocols, of documents.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")))
 _LOCAL_NAMES = ("localhost", ".localhost", ".local", ".internal", ".home.arpa")
 
 
@@ -69,7 +71,8 @@ def judge_address(address: Address, *, allow_loopback: bool) -> None:
     if allow_loopback and inner.is_loopback:
         return
     # is_global is false of every range that IANA lists as special, the metadata services' link-local among them.
-    if not inner.is_global or inner.is_multicast or inner.is_reserved or inner.is_unspecified:
+    is_public = inner.is_global and not (inner.is_multicast or inner.is_reserved or inner.is_unspecified)
+    if not is_public or any(inner in network for network in _NOT_PUBLIC):
         raise NotAllowed("a host on the public internet")
 
 
@@ -96,25 +99,45 @@ def post(url: str, body: str, headers: Mapping[str, str], *, allow_loopback: boo
         return Answer(None, f"not sent: wanted {error}")
     except (OSError, UnicodeError) as error:
         return Answer(None, f"the host is not found: {type(error).__name__}")
+    return _answer(parts, port, address, body, headers, TOTAL_S)
+
+
+def post_trusted(url: str, body: str, headers: Mapping[str, str], *, timeout_s: float) -> Answer:
+    """One POST of JSON to where the operator's own configuration leads, which may be his own network."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        status = asyncio.run(_post(parts, port, address, body, headers))
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
+    except (OSError, UnicodeError) as error:
+        return Answer(None, f"the host is not found: {type(error).__name__}")
+    return _answer(parts, port, address, body, headers, timeout_s)
+
+
+def _answer(
+    parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str], total_s: float
+) -> Answer:
+    try:
+        status = asyncio.run(_post(parts, port, address, body, headers, total_s))
     except TimeoutError:
-        return Answer(None, f"no answer within {TOTAL_S:g} s")
+        return Answer(None, f"no answer within {total_s:g} s")
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as error:
         return Answer(None, f"no answer: {type(error).__name__}")
     return Answer(status, None if 200 <= status < 300 else f"answered {status}")
 
 
-async def _post(parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str]) -> int:
+async def _post(
+    parts: SplitResult, port: int, address: Address, body: str, headers: Mapping[str, str], total_s: float
+) -> int:
     assert parts.hostname is not None
     literal = f"[{address}]" if address.version == 6 else str(address)
     target = f"{parts.scheme}://{literal}:{port}{parts.path or '/'}" + (f"?{parts.query}" if parts.query else "")
     # The certificate must be the host's, though the connection goes to the address.
     extensions = {"sni_hostname": parts.hostname} if parts.scheme == "https" else {}
-    timeout = httpx.Timeout(TOTAL_S, connect=CONNECT_S)
+    timeout = httpx.Timeout(total_s, connect=min(CONNECT_S, total_s))
     # Every wait of httpx's begins anew with each byte; only the whole bounds an endpoint that trickles.
     client = httpx.AsyncClient(verify=_tls(), trust_env=False, timeout=timeout)
-    async with asyncio.timeout(TOTAL_S), client:
+    async with asyncio.timeout(total_s), client:
         request = client.build_request(
             "POST",
             target,
@@ -136,7 +159,7 @@ def _tls() -> ssl.SSLContext:
 def _literal(host: str) -> Address | None:
     """The address that a host in a URL is, as lenient as the system's resolver: 127.1 and 0x7f.1 are addresses too."""
     try:
-        return ipaddress.ip_address(host.partition("%")[0])
+        return ipaddress.ip_address(host.partition("%")[0].rstrip("."))
     except ValueError:
         pass
     try:

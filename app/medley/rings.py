@@ -21,13 +21,14 @@ from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
-from medley.celery_app import TASKS_QUEUE, make_celery
+from medley.celery_app import TASKS_QUEUE, make_celery, worker_queue
 
 DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were stored
 EXPAND_TASK = "medley.expand"
 MAINTAIN_TASK = "medley.maintain"
 DELIVER_TASK = "medley.deliver"
 OPENAI_TASK = "medley.openai_batch"
+RUN_JOBS_TASK = "medley.run_jobs"
 
 SOCKET_TIMEOUT_S = 1.0
 # What waits for a Redis that does not answer; beyond it rings are dropped, as they would be anyway.
@@ -78,6 +79,10 @@ class Ringer:
     def send_task(self, name: str, *args: str | tuple[str, ...], queue: str = TASKS_QUEUE) -> None:
         """Sends a Celery message soon, or never: its due time in PostgreSQL sends it again."""
         self._put(_Task(name, args, queue))
+
+    def tell_worker(self, worker: UUID) -> None:
+        """Has a worker look at its row and renew its lease soon: a message without ids is about the row."""
+        self.send_task(RUN_JOBS_TASK, (), queue=worker_queue(worker))
 
     def close(self) -> None:
         """Sends what waits where Redis answers, and ends the thread (within about two seconds)."""

@@ -212,6 +212,11 @@ class Latest(threading.local):
     batch: LoraBatch | None = None
 
 
+def logits(_: object, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    y = torch.mm(x, weight).to(torch.float32)
+    return y if out is None else out.copy_(y)
+
+
 class Event:
     def record(self) -> None: ...
 
@@ -228,6 +233,7 @@ def cuda_forward(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda *_: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     for name in LOADED_WITH_CUDA:
         sys.modules.pop(name, None)
@@ -240,6 +246,7 @@ def cuda_forward(
     for module in (forward, passes, backend):
         monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
     monkeypatch.setattr(backend, "sgmv_apply", sgmv_apply)
+    monkeypatch.setattr(backend.CudaBackend, "logits", logits)
     monkeypatch.setattr(forward, "greedy", greedy)
     monkeypatch.setattr(passes, "DecodeGraphs", Graphs)
     monkeypatch.setattr(attention, "check_supported", lambda *_: None)
@@ -263,7 +270,8 @@ def cuda_forward(
     def build_follower(follower: Follower, kv: KVCache, sizes: EngineSizes) -> Any:
         return passes.CudaFollowerPasses(
             follower._decoder,
-            prepare(follower._decoder, kv, follower._memory),
+            prepare(follower._decoder, kv, follower._adapters),
+            follower._adapters,
             follower._memory,
             num_rows=sizes.max_num_seqs,
             max_row_pages=-(-sizes.max_model_len // sizes.page_size),

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -22,6 +23,7 @@ from medley_worker import Engine, Request, RequestOutput, SamplingParams
 from medley_worker.engine import adapter_loader, adapters, host_tiles
 from medley_worker.engine.adapters import AdapterCache, AdapterKey, AdapterUnavailable
 from medley_worker.engine.copies import Fence, HostCopier
+from medley_worker.engine.residency import CachedResidency
 from medley_worker.ops.lora_stage import AdapterTiles
 
 NUM_ADAPTERS = 6
@@ -59,9 +61,6 @@ class SimulatedDevice(HostCopier):
 
     def new_host(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         return torch.full((count, elements), torch.nan, dtype=dtype)  # as pinned memory: anything may be in it
-
-    def new_device(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros((count, elements), dtype=dtype)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Fence | None) -> Fence:
         def run() -> None:
@@ -334,6 +333,54 @@ def test_others_run_while_an_adapter_is_read_and_it_is_waited_for_when_nothing_e
     assert ahead.step() == []
     is_disk_free.set()
     assert run(ahead)["first"].error is None
+
+
+def test_adapters_that_are_read_when_sleep_comes_are_there_after_it_but_for_those_that_are_no_more(
+    tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_read, is_disk_free = threading.Event(), threading.Event()
+    real = adapter_loader.pack_adapter
+
+    def slow(*arguments: object) -> None:
+        is_read.set()
+        assert is_disk_free.wait(DEADLINE_S)
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapters, "new_copier", lambda _: LazyCopier())
+    monkeypatch.setattr(adapter_loader, "pack_adapter", slow)
+    engine = Engine.load(tiny_model, max_num_seqs=4, max_model_len=64, adapter_bytes=12 * 20480, sleeps=True)
+    refs = [AdapterRef(uuid4(), uuid4(), str(folder / str(i))) for i in range(3)]
+    engine.set_upcoming(refs[1:])
+    engine.add_request("first", request(refs[0]))
+    engine.step()
+    assert is_read.wait(DEADLINE_S)
+    engine.release()
+    engine.sleep()
+    engine.check_integrity()
+    is_disk_free.set()
+    engine.forget(refs[1:2])
+    engine.wake()
+    for i in (0, 2):
+        engine.add_request(i, request(refs[i]))
+    assert all(output.error is None for output in run(engine).values())
+    assert not cast(CachedResidency, engine._parts.residency).is_ready((refs[1].tenant, refs[1].revision))
+    engine.close()
+
+
+def test_what_is_forgotten_is_not_read_because_it_was_to_come(ahead: Engine, folder: Path) -> None:
+    gone, kept = (AdapterRef(uuid4(), uuid4(), str(folder / str(i))) for i in range(2))
+    ahead.set_upcoming([gone, kept])
+    ahead.forget([gone])
+    residency = cast(CachedResidency, ahead._parts.residency)
+    ahead.add_request("base", request(None))
+    run(ahead)
+    for _ in range(100):
+        if residency.is_ready((kept.tenant, kept.revision)):
+            break
+        residency.wait(DEADLINE_S)
+    else:
+        raise AssertionError("what comes is never ready")
+    assert not residency.is_ready((gone.tenant, gone.revision))
 
 
 def test_an_adapter_that_cannot_be_read_fails_its_jobs_alone(ahead: Engine, folder: Path, tmp_path: Path) -> None:

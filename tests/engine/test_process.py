@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import msgspec
 import pytest
+from engine_shell import Shell, has, item, launch
 
 from medley.spec.errors import ErrorCode
-from medley.spec.jobs import Checkpoint, FinishReason
-from medley.spec.sampling import SamplingParams
+from medley.spec.jobs import FinishReason
 from medley.spec.wire import (
     Abort,
     AdapterRef,
     Add,
+    Asleep,
+    Awake,
+    Batch,
     EngineConfig,
     EngineStats,
     Finished,
-    FrameReader,
-    FromEngine,
+    Forget,
     JobKey,
     Progress,
     Ready,
@@ -33,89 +33,11 @@ from medley.spec.wire import (
     Released,
     Running,
     Shutdown,
-    ToEngine,
-    WorkItem,
-    encode_frame,
-    from_engine_decoder,
+    Sleep,
+    Upcoming,
+    Wake,
 )
 from medley_worker.engine.outbox import Outbox
-
-START_S = 60.0  # importing torch on a busy machine
-
-
-class Shell:
-    """The other end: starts an engine process, talks to it, keeps what it said."""
-
-    def __init__(self, config: EngineConfig, failpoint: str | None = None) -> None:
-        self.connection, theirs = socket.socketpair()
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
-        if failpoint is not None:
-            environment["MEDLEY_ENGINE_FAILPOINT"] = failpoint
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "medley_worker.engine.process", "--fd", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-        )
-        theirs.close()
-        self.reader = FrameReader()
-        self.said: list[FromEngine] = []
-        body = msgspec.msgpack.encode(config)
-        self.connection.sendall(len(body).to_bytes(4, "little") + body)
-
-    def send(self, message: ToEngine) -> None:
-        self.connection.sendall(encode_frame(message))
-
-    def listen(self, until: Callable[[list[FromEngine]], bool], timeout_s: float = START_S) -> list[FromEngine]:
-        """Read until `until(said)` holds; fails at the deadline or when the engine has gone before."""
-        deadline = time.monotonic() + timeout_s
-        while not until(self.said):
-            self.connection.settimeout(max(0.01, deadline - time.monotonic()))
-            data = self.connection.recv(1 << 20)
-            assert data, f"the engine ended; it had said {self.said}"
-            self.said += [from_engine_decoder.decode(body) for body in self.reader.feed(data)]
-        return self.said
-
-    def listen_to_end(self) -> list[FromEngine]:
-        self.connection.settimeout(START_S)
-        while data := self.connection.recv(1 << 20):
-            self.said += [from_engine_decoder.decode(body) for body in self.reader.feed(data)]
-        return self.said
-
-    def finished(self) -> dict[JobKey, Finished]:
-        return {m.key: m for m in self.said if isinstance(m, Finished)}
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.wait(timeout=10)
-
-
-def has(kind: type[FromEngine], count: int = 1) -> Callable[[list[FromEngine]], bool]:
-    return lambda said: sum(isinstance(m, kind) for m in said) >= count
-
-
-def item(
-    prompt: tuple[int, ...] = (5, 6, 7),
-    *,
-    max_tokens: int = 4,
-    adapter: AdapterRef | None = None,
-    checkpoint: Checkpoint | None = None,
-    want_progress: bool = False,
-) -> WorkItem:
-    return WorkItem(
-        key=JobKey(uuid4(), 1),
-        prompt_token_ids=prompt,
-        adapter=adapter,
-        sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1),
-        checkpoint=checkpoint,
-        want_progress=want_progress,
-    )
-
-
-def launch(model_dir: Path, failpoint: str | None = None, **config: object) -> Shell:
-    fields: dict[str, object] = {"model_dir": str(model_dir), "max_num_seqs": 4, "max_model_len": 128}
-    shell = Shell(msgspec.convert(fields | config, EngineConfig), failpoint)
-    shell.listen(has(Ready))
-    return shell
 
 
 @pytest.fixture
@@ -226,10 +148,21 @@ def test_nothing_is_reported_for_an_aborted_job(shell: Shell) -> None:
     shell.listen(lambda _: other.key in shell.finished())
     shell.said.clear()
     shell.listen(has(EngineStats, 2))
-    assert all(isinstance(m, EngineStats) for m in shell.said)
+    assert all(isinstance(m, EngineStats | Batch) for m in shell.said)
     stats = shell.said[-1]
     assert isinstance(stats, EngineStats)
     assert stats.num_running == stats.num_waiting == stats.pages_used == 0
+
+
+def test_who_is_in_the_rows_is_said_while_there_is_work(shell: Shell) -> None:
+    jobs = [item(max_tokens=120) for _ in range(400)]  # seconds of work
+    shell.send(Add(items=tuple(jobs)))
+    shell.listen(lambda said: any(isinstance(m, Batch) and m.decoding for m in said))
+    batch = next(m for m in reversed(shell.said) if isinstance(m, Batch) and m.decoding)
+    assert len(batch.decoding) + len(batch.prefilling) <= 4
+    assert {*batch.decoding, *batch.prefilling} <= {job.key for job in jobs}
+    shell.send(Abort(keys=tuple(job.key for job in jobs)))
+    shell.listen(lambda said: [m for m in said if isinstance(m, Batch)][-1:] == [Batch()])
 
 
 def test_a_crash_comes_after_its_suspects_were_named(start: Callable[..., Shell]) -> None:
@@ -327,3 +260,79 @@ def test_a_job_that_cannot_be_taken_in_still_gets_its_answer(shell: Shell) -> No
     assert error is not None
     assert error.code is ErrorCode.ENGINE
     assert shell.finished()[good.key].error is None
+
+
+def test_an_engine_sleeps_and_wakes_between_jobs_and_gives_the_same_answers(
+    start: Callable[..., Shell], tiny_adapters: dict[str, Path]
+) -> None:
+    shell = start(sleeps=True)
+    adapter = AdapterRef(uuid4(), UUID(int=7), str(tiny_adapters["rank8"]))
+    (ready,) = (m for m in shell.said if isinstance(m, Ready))
+    assert ready.can_sleep
+    told: list[tuple[int, ...]] = []
+    for turn in range(3):
+        shell.said.clear()
+        job, based = item(max_tokens=9, adapter=adapter), item(max_tokens=9)
+        shell.send(Add(items=(job, based)))
+        shell.listen(has(Finished, 2))
+        told.append(shell.finished()[job.key].token_ids + shell.finished()[based.key].token_ids)
+        shell.said.clear()
+        shell.send(Sleep())
+        shell.listen(has(Asleep))
+        shell.said = shell.said[[isinstance(m, Asleep) for m in shell.said].index(True) + 1 :]
+        said = shell.listen(has(EngineStats, 2))  # with the answer, and a second later
+        assert all(m.resident == () for m in said if isinstance(m, EngineStats))
+        if turn == 1:
+            shell.send(Forget(adapters=(adapter,)))
+        shell.send(Wake())
+        shell.listen(has(Awake))
+    assert told[0] == told[1] == told[2]
+
+
+def test_what_a_sleeping_engine_forgets_is_nowhere_in_it(
+    start: Callable[..., Shell], tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Neither header nor host copy: without its files the adapter cannot be had again. The others can."""
+    shell = start(sleeps=True)
+    refs = []
+    for i in range(2):
+        shutil.copytree(tiny_adapters["rank8"], tmp_path / str(i))
+        refs.append(AdapterRef(tenant=uuid4(), revision=uuid4(), path=str(tmp_path / str(i))))
+    shell.send(Upcoming(adapters=tuple(refs)))
+    shell.send(Add(items=tuple(item(adapter=ref) for ref in refs)))
+    shell.listen(has(Finished, 2))
+    shell.said.clear()
+    shell.send(Sleep())
+    for ref in refs:
+        shutil.rmtree(ref.path)
+    shell.send(Forget(adapters=(refs[0],)))
+    shell.send(Wake())
+    jobs = [item(adapter=ref) for ref in refs]
+    shell.send(Add(items=tuple(jobs)))
+    shell.listen(has(Finished, 2))
+    gone, kept = (shell.finished()[job.key].error for job in jobs)
+    assert kept is None
+    assert gone is not None
+    assert gone.code is ErrorCode.ADAPTER_UNAVAILABLE
+
+
+def test_an_engine_that_cannot_sleep_says_so_and_ends_when_it_is_told_to(start: Callable[..., Shell]) -> None:
+    shell = start()
+    (ready,) = (m for m in shell.said if isinstance(m, Ready))
+    assert not ready.can_sleep
+    shell.send(Sleep())
+    assert not any(isinstance(m, Asleep) for m in shell.listen_to_end())
+    assert shell.process.wait(timeout=10) == 3
+
+
+def test_an_engine_asleep_ends_with_its_shell_or_at_its_word(start: Callable[..., Shell]) -> None:
+    for farewell in (True, False):
+        shell = start(sleeps=True)
+        shell.send(Sleep())
+        shell.listen(has(Asleep))
+        if farewell:
+            shell.send(Shutdown())
+            shell.listen_to_end()
+        else:
+            shell.connection.close()
+        assert shell.process.wait(timeout=10) == 0

@@ -13,9 +13,9 @@ import torch
 from sgmv_cases import Adapters, adapters_in
 
 
-@pytest.fixture(scope="module", params=["bulk", "joined"])
+@pytest.fixture(scope="module", params=["bulk", "ring"])
 def mixed(request: pytest.FixtureRequest) -> Adapters:
-    """Of the mode that serves on sm_90, and of the one that may take its place."""
+    """Adapters of many ranks, in the mode that serves on sm_90 and in the one that serves before it."""
     return adapters_in(request.param)
 
 

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Row, text
 from medley.config import Quotas
 from medley.db import adapters, batches, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
+from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import Checkpoint, JobState
@@ -94,12 +95,10 @@ class Ledger:
     ) -> UUID:
         """One batch with a job for each of `revisions`."""
         batch = batches.NewBatch(uuid7(), tenant, self.pool, priority=priority, deadline_at=deadline_at)
-        jobs = [
-            batches.NewJob("a prompt", None, revision, None, '{"max_tokens": 10}', max_tokens) for revision in revisions
-        ]
+        jobs = [NewJob("a prompt", None, revision, None, '{"max_tokens": 10}', max_tokens) for revision in revisions]
         with tenant_transaction(self.api, tenant) as conn:
             batches.open_batch(conn, batch, total=len(jobs))
-            batches.append_jobs(conn, batch, jobs)
+            append_jobs(conn, batch, jobs)
             reserve(conn, batch, len(jobs), num_bytes=len("a prompt") * len(jobs))
         return batch.id
 
@@ -128,10 +127,14 @@ class Ledger:
         lease_s: float = 60,
         max_num_seqs: int = 8,
         resident: Sequence[UUID] = (),
+        stats: object | None = None,
+        batch: object | None = None,
     ) -> workers.WorkerState:
-        room = workers.Room(max_num_seqs=max_num_seqs)
+        said: dict[str, Any] = {"resident": resident, "stats": stats or {}, "batch": batch}
         with self.working() as conn:
-            return workers.renew(conn, worker, lease_s=lease_s, state=state, room=room, resident=resident, stats={})
+            return workers.renew(
+                conn, worker, lease_s=lease_s, state=state, room=workers.Room(max_num_seqs=max_num_seqs), **said
+            )
 
     def lapse(self, worker: UUID) -> None:
         """Lets the worker's lease run out now."""
@@ -317,10 +320,10 @@ def result(
     )
 
 
-def columns(revisions: Sequence[UUID | None]) -> batches.JobColumns:
+def columns(revisions: Sequence[UUID | None]) -> JobColumns:
     """A job for each of `revisions`, as one part of a long submit."""
     num = len(revisions)
-    return batches.JobColumns(
+    return JobColumns(
         revisions=revisions,
         adapters=[None] * num,
         max_tokens=[4] * num,

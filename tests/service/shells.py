@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from medley.celery_app import make_celery, worker_queue
 from medley.db import adapters, batches, leaders, queue, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
+from medley.db.new_jobs import NewJob, append_jobs
 from medley.db.workers import WorkerState
 from medley.spec.ids import uuid7
 from medley.store import Store
@@ -35,7 +36,7 @@ POOL = "default"
 BOS, EOS = 256, 257
 VOCAB = 258
 HIDDEN = 32
-WAIT_S = 60.0  # importing torch on a busy machine
+WAIT_S = 180.0  # several engines one after another, each of which imports torch, on a busy machine
 
 
 def make_model(folder: Path) -> Path:
@@ -229,7 +230,7 @@ class Site:
                 deadline_at = conn.execute(statement, {"s": deadline_in_s}).scalar_one()
             batch = batches.NewBatch(uuid7(), self.tenant, POOL, deadline_at=deadline_at)
             batches.open_batch(conn, batch, total=len(jobs))
-            batches.append_jobs(conn, batch, [_new_job(dict(job)) for job in jobs])
+            append_jobs(conn, batch, [_new_job(dict(job)) for job in jobs])
             reserve(conn, batch, len(jobs))
         return batch.id
 
@@ -301,12 +302,12 @@ class Site:
         self.wait_until("a computing engine", lambda: engine.cpu_times().user >= until_s)
 
 
-def _new_job(job: dict[str, Any]) -> batches.NewJob:
+def _new_job(job: dict[str, Any]) -> NewJob:
     prompt, token_ids, revision = job.pop("prompt", None), job.pop("prompt_token_ids", None), job.pop("revision", None)
     seed = job.pop("seed", 1)
     continuation, continuation_ids = job.pop("continuation", None), job.pop("continuation_token_ids", None)
     sampling = {"max_tokens": 8, "ignore_eos": True} | job
-    return batches.NewJob(
+    return NewJob(
         prompt=prompt,
         prompt_token_ids=token_ids,
         revision=revision,

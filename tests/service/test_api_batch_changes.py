@@ -166,6 +166,11 @@ def test_a_retry_is_refused_where_its_jobs_would_only_end_again(api: Api) -> Non
     with api.ledger.working() as conn:
         crashes.quarantine(conn, UUID(revision.removeprefix("rev_")))
     assert retry(api, barred)["counts"]["retried"] == 0
+    api.upload("gone")
+    deleted = submit(api, 1, defaults={"adapter": "gone"})
+    fail(api, deleted, 1)
+    assert tenant.delete("/v1/adapters/gone").status_code == 204
+    assert retry(api, deleted)["counts"]["retried"] == 0, "a deleted adapter gets no new jobs"
     for body in ({"states": []}, {"states": ["succeeded"]}, {"codes": ["nonsense"]}, {"colour": 1}):
         assert tenant.post(f"/v1/batches/{barred}/retry", json=body).status_code == 400
     assert api.as_tenant("globex").post(f"/v1/batches/{barred}/retry").status_code == 404

@@ -120,6 +120,14 @@ def test_unknown_parameters_and_bad_waits_are_refused(api: Api) -> None:
     assert fields_of(api.as_tenant().get(f"/v1/jobs/{job}?wait=nan")) == ["wait"]
 
 
+def test_what_is_sent_twice_is_refused(api: Api) -> None:
+    twice = api.as_tenant().get("/v1/batches?limit=1&limit=2")
+    assert (twice.status_code, fields_of(twice)) == (400, ["limit"])
+    headers = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
+    twice = api.as_tenant().post("/v1/jobs", json={"prompt": "p"}, headers=headers)
+    assert (twice.status_code, fields_of(twice)) == (400, ["Idempotency-Key"])
+
+
 def test_every_endpoint_is_closed_to_the_anonymous_and_to_unknown_keys(api: Api) -> None:
     job = submit(api)
     paths = [

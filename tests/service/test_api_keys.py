@@ -160,6 +160,7 @@ def test_what_was_done_by_hand_is_in_the_audit_log_and_what_was_refused_is_not(a
         ("adapter.upload", "mine"),
         ("adapter.delete", "mine"),
         ("job.cancel", job["id"]),
+        ("batch.create", batch),
         ("batch.pause", batch),
         ("batch.resume", batch),
         ("batch.cancel", batch),

@@ -25,7 +25,8 @@ from schemathesis.specs.openapi.checks import (
 from medley.api.app import ROUTERS
 from medley.api.examples import EXAMPLES
 from medley.api.openapi import document
-from medley.api.operations import OPERATIONS, PATH_PARAMETERS
+from medley.api.operations import OPERATIONS
+from medley.api.operations.parameters import PATH_PARAMETERS
 from medley.config import Limits
 
 LIMITS = Limits(max_body_bytes=1 << 20, max_adapter_bytes=1 << 20)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from api_server import ADAPTERS, Api, running_api
+from bad_line import Fate
 from openai_service import client_of, close_clients, completion_line, create, make_tasks, read_lines
-from s3_server import Fate, S3Server, running_s3
+from s3_server import S3Server, running_s3
 from sqlalchemy import text
 
 from medley import objects_s3

@@ -13,7 +13,7 @@ from ledger import result
 from sqlalchemy import text
 
 from medley.config import Limits
-from medley.db import batches, sweeps
+from medley.db import results, sweeps
 from medley.db.inputs import fetch_inputs
 from medley.spec.jobs import Details, FinishReason
 from medley.spec.sampling import SEED_LIMIT, sample_seed
@@ -241,7 +241,7 @@ def test_a_sweep_scores_its_continuations_on_every_column(api: Api) -> None:
 def test_a_page_with_details_ends_where_they_are_large_and_the_next_goes_on(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "MAX_DETAIL_BYTES", 9 << 10)
+    monkeypatch.setattr(results, "MAX_DETAIL_BYTES", 9 << 10)
     batch = submit(api, *({"prompt": "a"} for _ in range(5)))
     many = random.Random(0)
     large = tuple(many.random() for _ in range(1_000))  # 4 KB that do not compress

@@ -143,6 +143,22 @@ def test_any_order_of_extensions_and_chunks_makes_each_cell_once(api: Api) -> No
     api.ledger.recount()
 
 
+def test_a_column_that_has_no_cell_yet_leaves_a_finished_sweep_finished(api: Api) -> None:
+    sweep = declare(api, 201, prompts=[{"prompt": "p", "adapter": "add"}])
+    expand(api, sweep)
+    api.finish(sweep["id"])
+    finished_at = api.as_tenant().get("/v1/sweeps/s").json()["finished_at"]
+    extended = extend(api, adapters=["sort"])
+    assert (extended["state"], extended["finished_at"], extended["counts"]["total"]) == ("finished", finished_at, 1)
+    expand(api, sweep)
+    assert extend(api, prompts=[{"prompt": "q", "adapter": "sort"}])["state"] == "running"
+    expand(api, sweep)
+    api.finish(sweep["id"])
+    assert api.as_tenant().get("/v1/sweeps/s").json()["state"] == "finished"
+    assert cells(api, sweep) == [("p", "add", 1), ("q", "sort", 1)]
+    api.ledger.recount()
+
+
 def test_a_column_keeps_the_revision_that_it_began_with(api: Api) -> None:
     sweep = declare(api, 201)
     api.upload("add", folder="affine-5-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from waiting import wait_until
 
 from medley import endpoints
 from medley.config import Limits
-from medley.db import crashes, sweeps, webhooks
+from medley.db import crashes, erasure, sweeps, webhooks
 from medley.db.connections import make_engine, transaction
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.jobs import JobState
 from medley.spec.webhooks import BadSignature, verify
 from medley.tasks.deliver import RETRY_S, Deliverer
+from medley.tasks.erase import stop
 
 LIMITS = Limits()
 WEBHOOK_LOOPBACK = True
@@ -219,6 +221,31 @@ def test_a_disabled_endpoint_gets_what_waited_once_it_is_enabled(
     assert api.as_tenant().patch(path, json={"enabled": True}).json()["state"] == "enabled"
     assert send_due(api, deliverer) == 1
     assert api.as_tenant().patch(path, json={"enabled": False}).json()["disabled_reason"] == "you disabled it"
+
+
+def test_a_closed_tenant_hears_nothing_unless_its_deletion_is_called_off(
+    api: Api, receiver: Receiver, deliverer: Deliverer
+) -> None:
+    webhook = register(api, receiver, "batch.finished")
+    waiting, running = submit(api, 1), submit(api, 1)
+    api.finish(waiting)
+    tenant = api.tenant_id(api.as_tenant().get("/v1/tenant").json()["name"])
+    (pending,) = deliveries(api, webhook)
+    delivery = UUID(pending["id"].removeprefix("msg_"))
+    api.owner(lambda conn: erasure.close(conn, tenant, grace_s=1e6))
+    stop(api.ledger.work, tenant)
+    with api.ledger.working() as conn:
+        assert webhooks.read_due(conn) == []
+        assert webhooks.due_rings(conn) == []
+    assert deliverer.deliver(delivery) is None, "nor by a message that was on its way"
+    assert receiver.received == []
+
+    assert api.owner(lambda conn: erasure.keep(conn, tenant))
+    with api.ledger.working() as conn:
+        assert delivery in webhooks.due_rings(conn)
+    assert send_due(api, deliverer) == 2
+    told = {json.loads(heard.body)["data"]["id"] for heard in receiver.received}
+    assert told == {waiting, running}, "what was cancelled while it was closed is told as well"
 
 
 def test_a_rotated_secret_signs_beside_the_one_before_until_that_ends(

@@ -28,6 +28,8 @@ from medley.db.connections import tenant_transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.inputs import fetch_inputs
 from medley.db.lanes import Lane
+from medley.db.new_jobs import add_batch_demand, append_columns
+from medley.db.results import read_results
 from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
@@ -342,10 +344,10 @@ def test_a_submit_in_parts_locks_demand_only_at_its_end(ledger: Ledger) -> None:
     with tenant_transaction(ledger.api, tenant) as conn:
         batches.open_batch(conn, batch)
         for _ in range(3):
-            batches.append_columns(conn, batch, columns([None] * 2))
+            append_columns(conn, batch, columns([None] * 2))
         with ledger.working() as other:
             other.execute(text("SELECT FROM demand WHERE pool = :pool FOR UPDATE NOWAIT"), {"pool": ledger.pool})
-        batches.add_batch_demand(conn, batch, [Lane(None, None, 6)])
+        add_batch_demand(conn, batch, [Lane(None, None, 6)])
         batches.close_batch(conn, batch.id, 6)
         reserve(conn, batch, 6)
     assert ledger.demand() == {(tenant, batches.NORMAL): 7}
@@ -358,7 +360,7 @@ def test_a_text_with_nul_is_stored(ledger: Ledger) -> None:
     ((job, attempt),) = [(c.job, c.attempt) for c in ledger.claim(worker, [(tenant, 1)])]
     ledger.complete(worker, [(job, attempt)], text="a\0b")
     with ledger.working() as conn:
-        (row,) = batches.read_results(conn, batch, after=0, limit=10)
+        (row,) = read_results(conn, batch, after=0, limit=10)
     assert row.text == "a\ufffdb"
 
 

@@ -19,6 +19,7 @@ from medley.db import batches, crashes, flags, retries, workers
 from medley.db.connections import tenant_transaction
 from medley.db.inputs import assigned
 from medley.db.lanes import Lane
+from medley.db.new_jobs import add_batch_demand, append_columns
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 
@@ -168,9 +169,9 @@ def test_long_submits_of_one_tenant_at_once_do_not_deadlock(crowd: Crowd) -> Non
             batches.open_batch(conn, batch)
             for _ in range(4):
                 revision = draw.choice(crowd.revisions[tenant])
-                batches.append_columns(conn, batch, columns([revision] * 5))
+                append_columns(conn, batch, columns([revision] * 5))
                 lanes[revision] += 5
-            batches.add_batch_demand(conn, batch, [Lane(revision, None, num) for revision, num in lanes.items()])
+            add_batch_demand(conn, batch, [Lane(revision, None, num) for revision, num in lanes.items()])
             batches.close_batch(conn, batch.id, 20)
             reserve(conn, batch, 20)
 

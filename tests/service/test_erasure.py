@@ -22,8 +22,10 @@ from medley.cli import main
 from medley.config import Limits, Quotas
 from medley.db import audit, batches, erasure, files, flags, openai_batches, sweeps, tenants, webhooks
 from medley.db.connections import tenant_transaction
+from medley.db.lanes import Lane
 from medley.db.models import metadata
 from medley.objects import FolderObjects
+from medley.spec.errors import ErrorCode, JobError
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 from medley.store import Store
@@ -163,7 +165,7 @@ def add_openai_batch(ledger: Ledger, store: Store, tenant: UUID, revision: UUID)
         batches.open_batch(conn, batches.NewBatch(id_, tenant, ledger.pool))
         openai_batches.create_openai_batch(conn, id_, tenant, new)
     with ledger.working() as conn:
-        openai_batches.begin_jobs(conn, id_, num_requests=1, num_jobs=1, models={"own": revision})
+        openai_batches.begin_jobs(conn, id_, num_requests=1, models={"own": revision}, lanes=[Lane(revision, "own", 1)])
         reserve(conn, batches.NewBatch(id_, tenant, ledger.pool), 1)
 
 
@@ -268,6 +270,8 @@ def test_all_of_a_tenant_is_erased_and_nothing_of_another(own: Ledger, database:
         table.name for table in metadata.sorted_tables
     } - {
         "workers",
+        "worker_batches",
+        "fleet_log",
         "leaders",
         "expired_jobs",
         "erasures",
@@ -424,12 +428,22 @@ def test_a_key_that_another_process_still_remembers_makes_nothing(api: Api) -> N
     name = api.take_new_tenant()
     client = api.as_tenant()
     assert client.get("/v1/tenant").status_code == 200
+    batch = client.post("/v1/batches", json={"jobs": [{"prompt": "p"}]}).json()["id"]
+    broken = JobError(code=ErrorCode.ENGINE, message="it broke")
+    api.finish(batch, state=JobState.FAILED, text=None, error=broken)
+    body = {"name": "s", "prompts": ["a"], "include_base": True}
+    assert client.post("/v1/sweeps", json=body).status_code == 201
     tenant = api.tenant_id(name)
     api.owner(lambda conn: erasure.close(conn, tenant, grace_s=3_600))
-    refused = client.post("/v1/jobs", json={"prompt": "p"})
-    assert refused.status_code in (401, 403)
-    if refused.status_code == 403:
-        assert refused.json()["error"]["code"] == "tenant_closing"
+    for path, body in (
+        ("/v1/jobs", {"prompt": "p"}),
+        (f"/v1/batches/{batch}/retry", {}),
+        ("/v1/sweeps/s/extend", {"seeds": [1]}),
+    ):
+        refused = client.post(path, json=body)
+        assert refused.status_code in (401, 403)
+        if refused.status_code == 403:
+            assert refused.json()["error"]["code"] == "tenant_closing"
 
 
 def test_files_that_go_while_they_are_uploaded_are_stored_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID
 
 import openai
 import pytest
-from api_server import Api
+from api_server import Api, uuid_of
 from openai_service import (
     Serving,
     client_of,
@@ -39,10 +38,6 @@ def _own_tenant(api: Api) -> Iterator[None]:
     api.take_new_tenant()
     yield
     close_clients()
-
-
-def uuid_of(public: str) -> UUID:
-    return UUID(public.partition("_")[2])
 
 
 def test_a_file_of_requests_on_the_base_and_on_adapters_becomes_an_output_file_in_its_order(api: Api) -> None:
@@ -227,24 +222,73 @@ def test_a_cancel_before_validation_ends_the_batch_without_jobs(api: Api) -> Non
     api.ledger.check()
 
 
-def test_a_cancel_while_lines_become_jobs_leaves_no_more_of_them(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_while_lines_become_jobs_ends_the_others_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 2)
     client = client_of(api)
     batch = create(client, [completion_line(str(i)) for i in range(6)])
     tasks = make_tasks(api)
 
     def cancel_once() -> None:
-        if client.batches.retrieve(batch.id).status == "in_progress":
+        found = client.batches.retrieve(batch.id)
+        if found.status == "in_progress":
+            api.finish(batch.id, 1)
             client.batches.cancel(batch.id)
 
     tasks._validator._on_chunk = cancel_once
     tasks.look()
     tasks.look()
     ended = client.batches.retrieve(batch.id)
-    assert ended.status == "cancelled"
-    assert api.as_tenant().get(f"/v1/batches/{batch.id}").json()["counts"]["cancelled"] == 2
-    assert len(read_lines(client, ended.error_file_id)) == 2
-    api.ledger.check()
+    assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("cancelled", 1, 5)
+    assert [line["custom_id"] for line in read_lines(client, ended.output_file_id)] == ["0"]
+    assert [line["custom_id"] for line in read_lines(client, ended.error_file_id)] == ["1", "2", "3", "4", "5"]
+    assert api.as_tenant().get(f"/v1/batches/{batch.id}").json()["counts"]["cancelled"] == 5
+    assert api.as_tenant().get("/v1/limits").json()["quotas"]["queued_jobs"]["used"] == 0
+    api.ledger.recount()
+
+
+def test_a_batch_paused_while_lines_become_jobs_is_counted_by_adapter_from_the_first(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medley.tasks.validate.JOBS_A_CHUNK", 3)
+    client, native = client_of(api), api.as_tenant()
+    assert api.upload("add").status_code == 201
+    revision = native.get("/v1/adapters/add").json()["revision"]
+    models = ("model", "add", f"add@{revision}")
+    batch = create(client, [completion_line(str(i), models[i % 3], n=1 + i % 3) for i in range(9)])
+    tasks = make_tasks(api)
+
+    def lanes() -> dict[str | None, tuple[int, int]]:
+        shown = native.get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
+        return {a["adapter"]: (a["counts"]["total"], a["counts"]["queued_or_running"]) for a in shown}
+
+    seen: list[Any] = []
+
+    def pause() -> None:
+        """After the first lines are jobs, some of which have run."""
+        if client.batches.retrieve(batch.id).status != "in_progress":
+            return
+        if not seen:
+            api.finish(batch.id, 2)
+            assert native.post(f"/v1/batches/{batch.id}/pause").status_code == 200
+        seen.append(lanes())
+        api.ledger.recount()
+
+    tasks._validator._on_chunk = pause
+    tasks.look()
+    assert len(seen) > 2, "it was paused in the middle"
+    assert all({name: total for name, (total, _) in found.items()} == {None: 3, "add": 15} for found in seen)
+    assert seen[0] == seen[-1] == lanes()
+    assert sum(left for _, left in lanes().values()) == 16
+    assert api.finish(batch.id) == [], "what was made while it was paused is held"
+    assert not any(api.ledger.demand().values())
+    assert native.post(f"/v1/batches/{batch.id}/resume").status_code == 200
+    assert sum(api.ledger.demand().values()) == 16
+    api.ledger.recount()
+    with Serving(api, text="done"):
+        ended = wait_for(client, batch.id, "completed")
+    assert ended.request_counts.completed == 9
+    assert lanes() == {None: (3, 0), "add": (15, 0)}
+    api.ledger.recount()
 
 
 def test_a_batch_whose_window_closes_is_expired_and_keeps_what_has_finished(api: Api) -> None:
@@ -432,16 +476,95 @@ def test_a_shared_adapter_is_a_model_until_its_owner_takes_it_back(api: Api) -> 
     api.ledger.check()
 
 
-def test_its_jobs_are_counted_by_adapter_and_retried_by_a_new_file_alone(api: Api) -> None:
+def test_its_jobs_are_counted_by_adapter(api: Api) -> None:
     assert api.upload("add").status_code == 201
     client = client_of(api)
     lines = [completion_line(str(i), ("model", "add")[i % 2], n=1 + i % 2) for i in range(4)]
     batch = create(client, lines)
     with Serving(api, text="done"):
         wait_for(client, batch.id, "completed")
-    native = api.as_tenant()
-    found = native.get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
+    found = api.as_tenant().get(f"/v1/batches/{batch.id}/adapters").json()["adapters"]
     assert {a["adapter"]: a["counts"]["succeeded"] for a in found} == {None: 2, "add": 4}
-    refused = native.post(f"/v1/batches/{batch.id}/retry", json={})
-    assert refused.status_code == 409
-    assert "upload the lines of its error file again" in refused.text
+
+
+def test_the_end_of_a_batch_without_jobs_is_told_too(api: Api) -> None:
+    client, native = client_of(api), api.as_tenant()
+    body = {"url": "https://example.com/hook", "events": ["batch.finished"]}
+    hook = native.post("/v1/webhooks", json=body).json()
+    refused = create(client, [completion_line("0", "nobody")])
+    cancelled = create(client, [completion_line("0")])
+    client.batches.cancel(cancelled.id)
+    make_tasks(api).look()
+    told = native.get(f"/v1/webhooks/{hook['id']}/deliveries").json()["deliveries"]
+    payloads = [delivery["payload"]["data"] for delivery in told]
+    assert {data["id"] for data in payloads} == {refused.id, cancelled.id}
+    assert all(data["finished_at"] for data in payloads)
+
+
+def test_the_end_of_a_batch_is_told_once_its_files_are_there_and_again_after_a_retry(api: Api) -> None:
+    client, native = client_of(api), api.as_tenant()
+    body = {"url": "https://example.com/hook", "events": ["batch.finished", "batch.failing"], "failed_jobs": 1}
+    hook = native.post("/v1/webhooks", json=body).json()
+
+    def told() -> list[str]:
+        shown = native.get(f"/v1/webhooks/{hook['id']}/deliveries").json()["deliveries"]
+        return sorted(delivery["event"] for delivery in shown)
+
+    batch = create(client, [completion_line("0")])
+    tasks = make_tasks(api)
+    tasks.look()
+    broken = JobError(code=ErrorCode.ENGINE, message="it broke")
+    api.finish(batch.id, state=JobState.FAILED, text=None, error=broken)
+    assert told() == ["batch.failing"]
+    one = native.post("/v1/webhooks", json=body | {"batch_id": batch.id}).json()
+    assert native.get(f"/v1/webhooks/{one['id']}/deliveries").json()["deliveries"] == []
+    tasks.look()
+    assert told() == ["batch.failing", "batch.finished"]
+    assert len(native.get(f"/v1/webhooks/{one['id']}/deliveries").json()["deliveries"]) == 1
+    assert native.post(f"/v1/batches/{batch.id}/retry").status_code == 200
+    finish_queued(api)
+    assert told() == ["batch.failing", "batch.finished"]
+    tasks.look()
+    assert told() == ["batch.failing", "batch.finished", "batch.finished"]
+
+
+def test_a_failure_whose_code_is_not_known_here_is_shown_as_it_is(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0")])
+    tasks = make_tasks(api)
+    tasks.look()
+    api.finish(batch.id, state=JobState.FAILED, text=None, error=JobError(code=ErrorCode.ENGINE, message="it broke"))
+    with api.ledger.working() as conn:
+        newer = "UPDATE job_results SET error_code = 'of_tomorrow' WHERE batch_id = :id"
+        conn.execute(text(newer), {"id": uuid_of(batch.id)})
+    tasks.look()
+    ended = client.batches.retrieve(batch.id)
+    (line,) = read_lines(client, ended.error_file_id)
+    assert (line["response"]["status_code"], line["response"]["body"]["error"]["code"]) == (500, "of_tomorrow")
+
+
+def test_a_file_of_answers_is_no_input(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0")])
+    with Serving(api):
+        ended = wait_for(client, batch.id, "completed")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.batches.create(input_file_id=ended.output_file_id, endpoint="/v1/completions", completion_window="24h")
+    assert caught.value.param == "input_file_id"
+
+
+def test_what_was_uploaded_and_run_is_in_the_audit_log(api: Api) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line("0", prompt="a secret prompt")])
+    native = api.as_tenant()
+    sweep = native.post("/v1/sweeps", json={"name": "s", "prompts": ["a secret prompt"], "include_base": True}).json()
+    page = native.get("/v1/audit").json()
+    assert [(e["action"], e["object"]) for e in reversed(page["entries"])] == [
+        ("file.upload", batch.input_file_id),
+        ("batch.create", batch.id),
+        ("sweep.create", sweep["id"]),
+    ]
+    assert "secret prompt" not in str(page)
+    client.batches.cancel(batch.id)
+    native.post(f"/v1/batches/{sweep['id']}/cancel")
+    make_tasks(api).look()

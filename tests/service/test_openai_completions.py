@@ -439,6 +439,7 @@ def test_a_client_that_goes_takes_its_jobs_with_it_but_for_an_idempotency_key(ap
     assert states(api) == ["cancelled", "queued"]
     with Serving(api, text="still there"):
         again = api.as_tenant().post("/openai/v1/completions", content=body_of("kept"), headers=headers)
+    assert again.headers["idempotent-replayed"] == "true"
     assert again.json()["choices"][0]["text"] == "still there"
     assert [job["prompt"] for job in inputs(api)] == ["gone", "kept"]
     api.ledger.check()

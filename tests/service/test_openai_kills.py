@@ -27,6 +27,8 @@ from waiting import wait_until
 
 from medley.config import Limits
 from medley.db import openai_batches
+from medley.spec.errors import ErrorCode, JobError
+from medley.spec.jobs import JobState
 
 LIMITS = Limits()
 NUM_LINES = 1_000
@@ -126,6 +128,35 @@ def test_a_batch_outlives_kills_in_each_of_its_steps(api: Api, module_database: 
     expected = [2 if i % 10 == 0 else 1 for i in range(NUM_LINES)]
     assert [len(line["response"]["body"]["choices"]) for line in found] == expected
     api.ledger.check()
+
+
+def test_a_retried_batch_outlives_a_kill_while_its_next_files_are_written(api: Api, module_database: Any) -> None:
+    client = client_of(api)
+    batch = create(client, [completion_line(str(i)) for i in range(200)])
+    tasks = make_tasks(api)
+    tasks.look()
+    api.finish(batch.id, 150, text="early")
+    broken = JobError(code=ErrorCode.ENGINE, message="it broke")
+    api.finish(batch.id, state=JobState.FAILED, text=None, error=broken)
+    tasks.look()
+    first = client.batches.retrieve(batch.id)
+    assert api.as_tenant().post(f"/v1/batches/{batch.id}/retry").status_code == 200
+    finish_queued(api, text="late")
+    with task_process(api, module_database, chunk=1) as process:
+        wait_until(lambda: client.batches.retrieve(batch.id).status == "finalizing", timeout_s=60)
+        kill(process)
+    cut = client.batches.retrieve(batch.id)
+    assert (cut.status, cut.output_file_id, cut.error_file_id) == ("finalizing", None, None)
+    assert len(read_lines(client, first.output_file_id)) == 150
+    let_be_taken_over(api, batch.id)
+    tasks.look()
+    ended = client.batches.retrieve(batch.id)
+    assert (ended.status, ended.request_counts.completed, ended.error_file_id) == ("completed", 200, None)
+    found = read_lines(client, ended.output_file_id)
+    assert [line["custom_id"] for line in found] == [str(i) for i in range(200)]
+    texts = [line["response"]["body"]["choices"][0]["text"] for line in found]
+    assert texts == ["early"] * 150 + ["late"] * 50
+    api.ledger.recount()
 
 
 def test_two_tasks_that_work_on_one_batch_do_no_harm(api: Api) -> None:

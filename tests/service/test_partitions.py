@@ -17,6 +17,8 @@ from sqlalchemy.exc import ProgrammingError
 from medley.db import batches, inputs, partitions
 from medley.db.connections import tenant_transaction
 from medley.db.migrate import downgrade, upgrade
+from medley.db.new_jobs import NewJob, append_jobs
+from medley.db.results import _READ_JOB, _READ_PLAIN, read_job, read_results
 from medley.spec.ids import oldest_after, uuid7
 from medley.tasks.retention import keep_retention
 
@@ -69,7 +71,7 @@ def test_what_has_no_partition_works_and_is_moved_into_one(own: Ledger, database
     assert rows_of(database, "job_inputs_default") == 1, "a day that is far ahead waits for its time"
     assert rows_of(database, f"job_results_{day_before(20):%Y%m%d}") == 3
     with tenant_transaction(own.api, tenant) as conn:
-        assert [row.seq for row in batches.read_results(conn, batch, after=0, limit=10)] == [1, 2, 3]
+        assert [row.seq for row in read_results(conn, batch, after=0, limit=10)] == [1, 2, 3]
 
 
 def test_a_partition_cannot_be_read_around_its_parent(own: Ledger, database: Any) -> None:
@@ -130,7 +132,7 @@ def test_a_day_is_dropped_once_no_job_of_it_is_left_and_not_before(own: Ledger) 
     # It can still run, and its result is kept from its end on.
     end_aged(own, waiting, 0)
     with tenant_transaction(own.api, tenant) as conn:
-        assert len(batches.read_results(conn, waiting, after=0, limit=10)) == 1
+        assert len(read_results(conn, waiting, after=0, limit=10)) == 1
     keep_retention(own.work)
     with own.working() as conn:
         assert f"job_results_{day_before(41):%Y%m%d}" in names(conn)
@@ -145,7 +147,7 @@ def test_a_drop_waits_for_no_one_for_long_and_a_submit_beside_it_loses_nothing(o
         # Of the same day, and not committed while the partition is to be dropped.
         batch = batches.NewBatch(uuid7(), tenant, own.pool)
         batches.open_batch(conn, batch, total=1)
-        batches.append_jobs(conn, batch, [batches.NewJob("a prompt", None, None, None, '{"max_tokens": 4}', 4)])
+        append_jobs(conn, batch, [NewJob("a prompt", None, None, None, '{"max_tokens": 4}', 4)])
         done: list[Any] = []
         dropping = threading.Thread(target=lambda: done.append(keep_retention(own.work)))
         dropping.start()
@@ -156,8 +158,8 @@ def test_a_drop_waits_for_no_one_for_long_and_a_submit_beside_it_loses_nothing(o
     [job] = [row.id for row in own.jobs().values() if row.batch_id == batch.id]
     end_aged(own, batch.id, 0)
     with tenant_transaction(own.api, tenant) as conn:
-        assert batches.read_job(conn, job) is not None
-        assert len(batches.read_results(conn, batch.id, after=0, limit=10)) == 1
+        assert read_job(conn, job) is not None
+        assert len(read_results(conn, batch.id, after=0, limit=10)) == 1
 
 
 def _touched(plan: str) -> set[str]:
@@ -178,7 +180,7 @@ def test_statements_of_the_hot_paths_read_the_days_of_their_jobs_alone(own: Ledg
         pass
     own.analyze()
     jobs = [row.id for row in own.jobs().values() if row.batch_id == batch]
-    read = batches._READ_JOB
+    read = _READ_JOB
     with tenant_transaction(own.api, tenant) as conn:
 
         def plan_of(statement: Any, parameters: dict[str, Any]) -> str:
@@ -193,7 +195,7 @@ def test_statements_of_the_hot_paths_read_the_days_of_their_jobs_alone(own: Ledg
             for what, ids in {"a job": jobs[:1], "jobs": jobs}.items()
         }
         page = {"batch": batch, "after": 0, "oldest": oldest_after(batch), "limit": 10, "only_latest": True}
-        results = plan_of(batches._READ_PLAIN, page)
+        results = plan_of(_READ_PLAIN, page)
     with own.working() as conn:
         conn.execute(text("SET LOCAL enable_seqscan = off"))
         fetch = conn.exec_driver_sql(
@@ -212,12 +214,12 @@ def test_results_of_one_batch_are_numbered_without_gap_or_repeat_whoever_stores_
     tenant = own.add_tenant()
     with days_ago(1):
         batch = batches.NewBatch(uuid7(), tenant, own.pool)
-    new = [batches.NewJob("a prompt", None, None, None, '{"max_tokens": 4}', 4)] * 60
+    new = [NewJob("a prompt", None, None, None, '{"max_tokens": 4}', 4)] * 60
     with tenant_transaction(own.api, tenant) as conn:
         batches.open_batch(conn, batch, total=120)
         with days_ago(1):
-            batches.append_jobs(conn, batch, new)
-        batches.append_jobs(conn, batch, new)
+            append_jobs(conn, batch, new)
+        append_jobs(conn, batch, new)
         reserve(conn, batch, 120)
     workers = [own.start_worker(max_num_seqs=60) for _ in range(2)]
     held = [own.claim(worker, [(tenant, 60)]) for worker in workers]
@@ -232,7 +234,7 @@ def test_results_of_one_batch_are_numbered_without_gap_or_repeat_whoever_stores_
     for thread in threads:
         thread.join(timeout=60)
     with tenant_transaction(own.api, tenant) as conn:
-        rows = batches.read_results(conn, batch.id, after=0, limit=1_000)
+        rows = read_results(conn, batch.id, after=0, limit=1_000)
     assert [row.seq for row in rows] == list(range(1, 121))
     own.check()
 
@@ -274,7 +276,7 @@ def test_a_filled_database_is_moved_up_and_down_with_every_row(own: Ledger, data
     assert rows_of(database, "job_results_default") == 1
     with tenant_transaction(own.api, tenant) as conn:
         for batch in (made[1], made[2], ahead):
-            assert batches.read_results(conn, batch, after=0, limit=10)
+            assert read_results(conn, batch, after=0, limit=10)
         own_rows = conn.execute(text("SELECT count(*) FROM job_inputs")).scalar_one()
     assert own_rows == 7 - 2, "what is older than the tenant keeps is not seen"
     # What an old first partition held goes by rows, as later days in it are kept.

@@ -90,6 +90,7 @@ def test_the_demo_without_its_extras_says_what_to_install(
         ("MEDLEY_MAX_TPOT_MS", "fast", "milliseconds above 0"),
         ("MEDLEY_BATCH_INVARIANT", "yes", "one of false, true"),
         ("MEDLEY_TENSOR_PARALLEL", "0", "at least 1"),
+        ("MEDLEY_SLEEP", "deep", "one of host, off, warm"),
         ("MEDLEY_DTYPE", "int8", "one of bfloat16, float16, float32"),
         ("MEDLEY_MAX_BODY_BYTES", "-1", "at least 1"),
         ("MEDLEY_STORE_URL", "ftp://x", "file://"),
@@ -157,7 +158,18 @@ def test_every_field_of_the_engine_has_a_key() -> None:
     settings = Settings.from_env({**_URLS, **{key: text for key, (text, _) in _ENGINE_KEYS.items()}})
     given = msgspec.structs.asdict(engine_config(settings, Path("/model")))
     wanted = {key.removeprefix("MEDLEY_").lower(): value for key, (_, value) in _ENGINE_KEYS.items()}
-    assert given == {"model_dir": "/model", **wanted}
+    assert given == {"model_dir": "/model", "sleeps": True, **wanted}
+
+
+def test_engines_sleep_on_cuda_unless_it_is_said_otherwise() -> None:
+    def sleeps(**environ: str) -> bool:
+        return engine_config(Settings.from_env({**_URLS, **environ}), Path("/model")).sleeps
+
+    assert not sleeps()
+    assert sleeps(MEDLEY_SLEEP="host")
+    assert sleeps(MEDLEY_SLEEP="warm")
+    assert sleeps(MEDLEY_DEVICE="cuda:1")
+    assert not sleeps(MEDLEY_DEVICE="cuda", MEDLEY_SLEEP="off")
 
 
 def test_a_key_that_is_not_set_leaves_the_engine_its_default() -> None:

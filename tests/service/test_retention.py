@@ -16,6 +16,7 @@ from sqlalchemy import create_engine, text
 from medley.db import batches, leaders, partitions, retention, sweeps, usage, webhooks
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.models import metadata
+from medley.db.results import read_job
 from medley.spec.ids import uuid7
 from medley.tasks import retention as tasks
 from medley.tasks.retention import keep_retention
@@ -72,7 +73,7 @@ def test_a_shorter_retention_hides_at_once_and_a_longer_one_shows_again(own: Led
     assert seen(own, tenant, old) == (False, 0, 0)
     [job] = [row.id for row in own.jobs().values() if row.batch_id == old][:1]
     with tenant_transaction(own.api, tenant) as conn:
-        assert batches.read_job(conn, job) is None
+        assert read_job(conn, job) is None
         assert [row.id for row in batches.list_batches(conn, before=None, limit=10)] == [new]
     assert seen(own, tenant, new) == (True, 1, 1)
     assert seen(own, other, others) == (True, 1, 1)

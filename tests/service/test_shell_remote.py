@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import BUCKET, Fate, S3Server, running_s3
+from bad_line import Fate
+from s3_server import BUCKET, S3Server, running_s3
 from shells import ShellProcess, Site, make_model
 
 from medley.objects import Objects

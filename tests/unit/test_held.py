@@ -4,8 +4,8 @@ import random
 from uuid import UUID, uuid4
 
 from medley.spec.sampling import SamplingParams
-from medley.spec.wire import AdapterRef, JobKey, WorkItem
-from medley_worker.shell.held import Held, HeldJobs, Phase
+from medley.spec.wire import AdapterRef, Batch, JobKey, WorkItem
+from medley_worker.shell.held import Held, HeldJobs, Phase, Share
 
 TENANT = uuid4()
 
@@ -13,7 +13,7 @@ TENANT = uuid4()
 def job(*, step_limit: int | None = None, revision: UUID | None = None) -> Held:
     key = JobKey(uuid4(), 1)
     adapter = None if revision is None else AdapterRef(TENANT, revision, "/nowhere")
-    return Held(key, WorkItem(key, (1, 2), adapter, SamplingParams()), step_limit)
+    return Held(key, WorkItem(key, (1, 2), adapter, SamplingParams()), step_limit, tenant=TENANT)
 
 
 def entered(table: HeldJobs) -> list[JobKey]:
@@ -138,3 +138,14 @@ def test_any_order_of_events_keeps_the_table_whole() -> None:
                 case _:
                     table.ask_release(some[0]) if some else table.end_waiting(lambda held: held.step_limit == 4)
             table.check_integrity()
+
+
+def test_a_batch_is_told_by_tenant_and_adapter_without_what_has_ended() -> None:
+    table, revision = HeldJobs(), uuid4()
+    jobs = [job(revision=revision), job(revision=revision), job(), job(), job()]
+    table.hold(jobs)
+    entered(table)
+    table.hold([job(revision=revision), Held(JobKey(uuid4(), 1), phase=Phase.ENDING)])
+    batch = Batch(decoding=(jobs[0].key, jobs[2].key), prefilling=(jobs[1].key, JobKey(uuid4(), 1)))
+    table.leave([jobs[4].key])
+    assert table.composition(batch) == [Share(TENANT, revision, 1, 1, 1), Share(TENANT, None, 1, 0, 1)]

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET, Fate, S3Server, running_s3
+from bad_line import Fate
+from s3_server import BUCKET, S3Server, running_s3
 
 from medley import objects_s3
 from medley.config import ConfigError, store_access_from_env

@@ -263,6 +263,15 @@ def test_a_rate_is_what_a_worker_was_given_less_what_it_holds() -> None:
     assert seen.idle_s(worker, 5.0) == 3
 
 
+def test_a_worker_whose_jobs_come_and_go_between_two_looks_is_not_idle() -> None:
+    seen, worker = Sightings(), uid(1)
+    seen.see_workers({worker: 0}, 0.0)
+    assert seen.idle_s(worker, 60.0) == 60
+    seen.see_claims(worker, [(uid(5), 20)], 60.0)
+    seen.see_workers({worker: 0}, 61.0)
+    assert seen.idle_s(worker, 63.0) == 2
+
+
 def test_a_lane_waits_from_its_last_claim_on() -> None:
     seen, worker = Sightings(), uid(1)
     seen.see_workers({worker: 0}, 0.0)

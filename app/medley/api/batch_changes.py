@@ -20,7 +20,7 @@ from medley.api.job_bodies import At, Priority
 from medley.api.shapes import answer, batch_of
 from medley.db.batches import PRIORITIES
 from medley.db.flags import change_batch
-from medley.db.quotas import reserve
+from medley.db.quotas import check_file_room, reserve
 from medley.db.retries import NotRetried, Wanted, retry
 from medley.spec.errors import RETRYABLE, ErrorCode
 from medley.spec.jobs import JobState
@@ -86,6 +86,7 @@ async def retry_jobs(batch_id: str, request: Request, who: Caller = Depends(subm
             if made.num_jobs:
                 who.note(conn, "batch.retry", batch_id, num_jobs=made.num_jobs)
                 tenant = who.tenant
+                check_file_room(conn, tenant.id, tenant.quotas, num_bytes=made.num_file_bytes)
                 reserve(conn, tenant.id, tenant.quotas, batch, num_jobs=made.num_jobs, num_bytes=made.num_bytes)
         return require_batch(conn, batch, batch_id), is_replay
 

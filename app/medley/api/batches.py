@@ -20,8 +20,9 @@ from medley.api.idempotency import REPLAYED, Create, read_create
 from medley.api.job_bodies import At, Defaults, Priority, label_faults
 from medley.api.job_columns import CHUNK_JOBS, JobReader, at_item, at_line
 from medley.api.shapes import NDJSON, answer, batch_of
-from medley.db.batches import PRIORITIES, JobColumns, list_batches, read_batch
+from medley.db.batches import PRIORITIES, list_batches, read_batch
 from medley.db.flags import cancel_batch, pause_batch, resume_batch
+from medley.db.new_jobs import JobColumns
 from medley.spec.errors import Fault
 from medley.spec.ids import BATCH, JOB, SWEEP, parse_id, public_id
 
@@ -118,6 +119,8 @@ async def _create(
         reader = JobReader(defaults, settings.limits, lambda refs: resolve_refs(conn, who.tenant.name, refs), locate)
         reader.faults.extend(faults.listed)
         created = create_jobs(conn, who.tenant, settings.pool, wanted, options, reader, chunks(reader))
+        if not created.is_replay:
+            who.note(conn, "batch.create", public_id(BATCH, created.batch), num_jobs=reader.num_jobs)
         return created, read_batch(conn, created.batch)
 
     created, row = await who.services.sql.run_bulk(who.tenant.id, act)

@@ -15,16 +15,10 @@ from sqlalchemy import Connection
 from medley.api.errors import InvalidRequest
 from medley.api.idempotency import Create
 from medley.api.job_columns import JobReader
-from medley.db.batches import (
-    JobColumns,
-    NewBatch,
-    add_batch_demand,
-    append_columns,
-    close_batch,
-    open_batch,
-    read_job_ids,
-)
+from medley.db.batches import NewBatch, close_batch, open_batch
+from medley.db.new_jobs import JobColumns, add_batch_demand, append_columns
 from medley.db.quotas import check_queue_room, reserve
+from medley.db.results import read_job_ids
 from medley.db.tenants import Tenant
 from medley.spec.errors import Fault
 from medley.spec.ids import uuid7

@@ -190,9 +190,13 @@ class Query:
         self.faults.add(Fault(field=name, got=repr(self._left.get(name))[:MAX_SHOWN], wanted=wanted))
 
     def end(self) -> None:
-        """Raises InvalidRequest with every fault, unknown parameters among them."""
+        """Raises InvalidRequest with every fault, among them unknown parameters and those that stand twice."""
         for name in self._left:
-            if name not in self._taken:
+            if name in self._taken:
+                if len(found := self._left.getlist(name)) > 1:
+                    wanted = "each parameter once"
+                    self.faults.add(Fault(field=name, got=f"it {len(found)} times", wanted=wanted))
+            else:
                 wanted = f"no such parameter; the known ones are {', '.join(sorted(self._taken)) or 'none'}"
                 self.faults.add(Fault(field=name[:200], got=self._left[name][:MAX_SHOWN], wanted=wanted))
         self.faults.raise_any()

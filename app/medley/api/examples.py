@@ -27,32 +27,23 @@ from medley.api.openai.choices import (
 from medley.api.openai.errors import OpenAIErrorBody, error_of
 from medley.api.openai.logprobs import TextLogprobs
 from medley.api.openai.shapes import BatchUsage, Deleted, File, Model, OpenAIBatch, RequestCounts
-from medley.api.operations import (
-    AdapterPage,
+from medley.api.operations.adapters import AdapterPage, GrantList
+from medley.api.operations.jobs import BatchAdapterList, BatchPage, BatchRequest, ResultPage
+from medley.api.operations.openai import FilePage, ModelList, OpenAIBatchPage
+from medley.api.operations.sweeps import SweepPage
+from medley.api.operations.tenants import (
     AuditPage,
-    BatchAdapterList,
-    BatchPage,
-    BatchRequest,
-    DeliveryList,
-    ExtensionRequest,
-    FilePage,
-    GrantList,
     KeyPage,
     LimitList,
     Live,
-    ModelList,
-    OpenAIBatchPage,
     QuotaUse,
     Ready,
-    ResultPage,
-    SweepPage,
-    SweepRequest,
     TenantEnd,
     TenantName,
-    WebhookList,
     WorkerList,
     WorkerShape,
 )
+from medley.api.operations.webhooks import DeliveryList, WebhookList
 from medley.api.reports import Report
 from medley.api.shapes import (
     Adapter,
@@ -69,6 +60,7 @@ from medley.api.shapes import (
     SweepShape,
     Usage,
 )
+from medley.api.sweep_bodies import ExtensionBody, SweepBody
 from medley.api.usage import UsageReport, UsageRow
 from medley.api.webhook_bodies import Delivery, RotateBody, Webhook, WebhookBody, WebhookChange
 from medley.spec.errors import Fault
@@ -321,11 +313,11 @@ _values: dict[Any, Any] = {
     GrantBody: GrantBody(tenant="globex"),
     AdapterGrant: _grant,
     GrantList: GrantList([_grant]),
-    SweepRequest: {"name": "nightly", "prompts": [_prompt], "adapters": ["acme/*"], "include_base": True},
+    SweepBody: {"name": "nightly", "prompts": [_prompt], "adapters": ["acme/*"], "include_base": True},
     Sweep: _sweep,
     SweepPage: SweepPage([_sweep], None),
     Report: Report(_sweep, [_column]),
-    ExtensionRequest: {"prompts": [_prompt], "adapters": ["acme/new-*"], "seeds": [2]},
+    ExtensionBody: {"prompts": [_prompt], "adapters": ["acme/new-*"], "seeds": [2]},
     Diff: Diff(f"sweep_{_HEX}", f"sweep_{_HEX}", 0, 2_000, [_diff_column]),
     UsageReport: UsageReport(_AT.date(), _AT.date(), "day", [_used], _used),
     WebhookBody: {"url": "https://example.com/hook", "events": ["batch.failing"], "failed_jobs": 10},

@@ -38,6 +38,8 @@ class Create:
 def read_create(request: Request, body_sha256: bytes) -> Create:
     """The create in `request`. Raises InvalidRequest for a key that is none."""
     key = request.headers.get(HEADER)
+    if (num_keys := len(request.headers.getlist(HEADER))) > 1:
+        raise InvalidRequest.of([Fault(field="Idempotency-Key", got=f"{num_keys} of them", wanted="one")])
     if key is not None and not (1 <= len(key) <= MAX_KEY_CHARS and key.isascii() and key.isprintable()):
         fault = Fault(field="Idempotency-Key", got=repr(key)[:80], wanted=f"1 to {MAX_KEY_CHARS} printable characters")
         raise InvalidRequest.of([fault])

@@ -36,8 +36,8 @@ from medley.api.job_bodies import (
     shown_value,
 )
 from medley.config import Limits
-from medley.db.batches import JobColumns
 from medley.db.lanes import Lane
+from medley.db.new_jobs import JobColumns
 from medley.spec.errors import Fault
 from medley.spec.grammars import schema_text
 from medley.spec.sampling import SEED_LIMIT, sample_seed

@@ -14,17 +14,11 @@ from uuid import UUID
 from sqlalchemy import Row
 
 from medley.api.sql import Sql
-from medley.db.batches import read_jobs
+from medley.db.results import read_jobs_as
 
 MAX_JOBS = 256  # of one query; with long results they are some MB
 
 Found = Row[Any] | None
-
-
-def _retrieve(answer: asyncio.Future[Found]) -> None:
-    """An error is the askers'; where all have left it is nobody's, and asyncio need not warn of it."""
-    if not answer.cancelled():
-        answer.exception()
 
 
 class JobReads:
@@ -57,8 +51,9 @@ class JobReads:
             self._asked.pop(tenant, None)
 
     async def _answer(self, tenant: UUID, part: dict[UUID, asyncio.Future[Found]]) -> None:
+        engine = self._sql.engine
         try:
-            rows = await self._sql.run(tenant, lambda conn: {row.id: row for row in read_jobs(conn, list(part))})
+            rows = await self._sql.call(lambda: {row.id: row for row in read_jobs_as(engine, tenant, list(part))})
         except Exception as error:  # of all who asked, each of whom answers for it
             for answer in part.values():
                 if not answer.cancelled():
@@ -67,3 +62,9 @@ class JobReads:
             for job, answer in part.items():
                 if not answer.cancelled():
                     answer.set_result(rows.get(job))
+
+
+def _retrieve(answer: asyncio.Future[Found]) -> None:
+    """An error is the askers'; where all have left it is nobody's, and asyncio need not warn of it."""
+    if not answer.cancelled():
+        answer.exception()

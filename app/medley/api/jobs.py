@@ -19,8 +19,9 @@ from medley.api.idempotency import REPLAYED, read_create
 from medley.api.job_bodies import SAMPLES_ELSEWHERE, Defaults, SingleJob
 from medley.api.job_columns import JobReader, at_top
 from medley.api.shapes import answer, job_of
-from medley.db.batches import PRIORITIES, read_job
+from medley.db.batches import PRIORITIES
 from medley.db.flags import cancel_job
+from medley.db.results import read_job
 from medley.spec.errors import Fault
 from medley.spec.ids import JOB, parse_id
 from medley.spec.jobs import JobState

@@ -173,7 +173,8 @@ def _operation_id(operation: Operation) -> str:
 @cache
 def _served() -> bytes:
     from medley.api.examples import EXAMPLES
-    from medley.api.operations import OPERATIONS, PATH_PARAMETERS
+    from medley.api.operations import OPERATIONS
+    from medley.api.operations.parameters import PATH_PARAMETERS
 
     return msgspec.json.encode(document(OPERATIONS, PATH_PARAMETERS, EXAMPLES))
 

@@ -17,7 +17,8 @@ from medley.api.decoding import Query
 from medley.api.errors import NotFound
 from medley.api.jobs import MAX_WAIT_S
 from medley.api.shapes import NDJSON, Result, answer, answer_lines, result_of
-from medley.db.batches import read_batch, read_results
+from medley.db.batches import read_batch
+from medley.db.results import read_results
 
 MAX_RESULTS = 10_000
 RESULTS = 1_000

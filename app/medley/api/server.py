@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 
@@ -59,6 +60,14 @@ def serve(settings: Settings) -> None:
     """Serves until it is asked to stop, on `settings.listen_fd` where a supervisor hands one down."""
     fd = settings.listen_fd
     server = make_server(settings)
+
+    def stop(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    # uvicorn puts its own in their place and, once all is answered, sends itself the signal again: an orderly end is
+    # none by a signal.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     collect_rarely()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server.run(None if fd is None else [socket.socket(fileno=fd)])

@@ -203,7 +203,7 @@ class AdapterGrant(msgspec.Struct, kw_only=True):
 
 
 def job_of(row: Row[Any]) -> Job:
-    """From a row of `batches.read_job`."""
+    """From a row of `results.read_job`."""
     result = None
     if row.state == "succeeded":
         result = JobResult(
@@ -235,7 +235,7 @@ def job_of(row: Row[Any]) -> Job:
 
 
 def result_of(row: Row[Any], *, with_tokens: bool) -> Result:
-    """From a row of `batches.read_results`; with tokens, of one that was read with details."""
+    """From a row of `results.read_results`; with tokens, of one that was read with details."""
     result = Result(
         seq=row.seq,
         id=public_id(JOB, row.id),

@@ -57,32 +57,44 @@ class PromptBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=Fa
         return (None if text is UNSET else text), (None if ids is UNSET else ids)
 
 
-_SweepBody: Any = msgspec.defstruct(
-    "SweepBody",
-    [
-        ("name", Annotated[str, msgspec.Meta(pattern=_NAME)]),
-        ("prompts", list[msgspec.Raw]),
-        ("adapters", list[str], []),
-        ("include_base", bool, False),
-        ("seeds", list[int] | None, None),
-        ("priority", Priority, "normal"),
-        ("deadline_at", At | None, None),
-    ],
-    bases=(SamplingFields,),
-    kw_only=True,
-    forbid_unknown_fields=True,
-    module=__name__,
-)
+# Prompts are decoded one by one, so that each fault is told with its place; what is described has them whole.
+def _sweep_body(prompt: Any) -> Any:
+    return msgspec.defstruct(
+        "SweepRequest",
+        [
+            ("name", Annotated[str, msgspec.Meta(pattern=_NAME)]),
+            ("prompts", list[prompt]),
+            ("adapters", list[str], []),
+            ("include_base", bool, False),
+            ("seeds", list[int] | None, None),
+            ("priority", Priority, "normal"),
+            ("deadline_at", At | None, None),
+        ],
+        bases=(SamplingFields,),
+        kw_only=True,
+        forbid_unknown_fields=True,
+        module=__name__,
+    )
 
 
-class ExtensionBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What a sweep is to have as well; what it has already is no fault."""
+def _extension_body(prompt: Any) -> Any:
+    return msgspec.defstruct(
+        "ExtensionRequest",
+        [
+            ("prompts", list[prompt], []),
+            ("adapters", list[str], []),
+            ("include_base", bool, False),
+            ("seeds", list[int], []),
+        ],
+        namespace={"__doc__": "What a sweep is to have as well; what it has already is no fault."},
+        kw_only=True,
+        forbid_unknown_fields=True,
+        module=__name__,
+    )
 
-    prompts: list[msgspec.Raw] = []
-    adapters: list[str] = []
-    include_base: bool = False
-    seeds: list[int] = []
 
+SweepBody, _RawSweepBody = _sweep_body(str | PromptBody), _sweep_body(msgspec.Raw)
+ExtensionBody, _RawExtensionBody = _extension_body(str | PromptBody), _extension_body(msgspec.Raw)
 
 _prompt_decoder = msgspec.json.Decoder(str | PromptBody)
 
@@ -112,7 +124,7 @@ class ExtensionRequest:
 
 def read_extension(data: Data, limits: Limits) -> ExtensionRequest:
     """The extension in a body. Raises InvalidRequest with every fault that can be seen without the database."""
-    found = decode_fields(data, ExtensionBody)
+    found = decode_fields(data, _RawExtensionBody)
     faults = FaultList(found.faults)
     if found.value is None:
         raise InvalidRequest.of(faults)
@@ -130,7 +142,7 @@ def read_extension(data: Data, limits: Limits) -> ExtensionRequest:
 
 def read_sweep(data: Data, limits: Limits) -> SweepRequest:
     """The sweep in a body. Raises InvalidRequest with every fault that can be seen without the database."""
-    found = decode_fields(data, _SweepBody)
+    found = decode_fields(data, _RawSweepBody)
     faults = FaultList(found.faults)
     if found.value is None:
         raise InvalidRequest.of(faults)

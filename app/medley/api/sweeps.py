@@ -131,6 +131,7 @@ def _create(
     create_sweep(conn, batch, new)
     num_bytes = prompt_bytes(prompts)
     reserve(conn, tenant.id, tenant.quotas, sweep, num_jobs=new.num_cells, num_bytes=num_bytes)
+    who.note(conn, "sweep.create", public_id(SWEEP, sweep), name=asked.name, num_jobs=new.num_cells)
     return sweep, Made.NEW
 
 

@@ -34,6 +34,8 @@ COMMANDS = {
     "simulate": ("medley.cli.simulate:simulate", "Replay a trace on virtual workers, before paying for GPUs."),
     "up": ("medley.cli.up:up", "Run everything on this machine."),
     "tenants": ("medley.cli.tenants:tenants", "Add tenants, show them, set limits and retention, delete them."),
+    "fleet": ("medley.cli.fleet:fleet", "Show the workers; drain, put to sleep, wake and release them."),
+    "top": ("medley.cli.top:top", "Show the running batches by tenant and adapter, as they change."),
     "backup": ("medley.cli.backup:backup", "Write all of a `medley up` into a folder or a stream."),
     "restore": ("medley.cli.backup:restore", "Make a data directory from a backup."),
     "migrate": ("medley.cli.processes:migrate", "Bring the database to the newest schema."),

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import click
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, Engine, create_engine
 
-from medley.config import DEFAULT_DATA_DIR, database_url_from_env, store_url_from_env
+from medley.config import DEFAULT_DATA_DIR, database_url_from_env, redis_url_from_env, store_url_from_env
 from medley.db.audit import OPERATOR, record
 from medley.db.tenants import find_tenant
 from medley.local.status import StackStatus, read_status
@@ -31,6 +31,13 @@ data_dir_option: Callable[[F], F] = click.option(
 def operator_database_url(data_dir: Path) -> str:
     """MEDLEY_DATABASE_URL, else the owner's of the `medley up` that runs on `data_dir`. Raises ClickException."""
     return database_url_from_env() or _running(data_dir).database_urls["medley_owner"]
+
+
+def operator_redis_url(data_dir: Path) -> str | None:
+    """MEDLEY_REDIS_URL, else that of the `medley up` where MEDLEY_DATABASE_URL is not set; None where there is none."""
+    if database_url_from_env() is None:
+        return _running(data_dir).redis_url
+    return redis_url_from_env()
 
 
 def operator_store_url(data_dir: Path) -> str:
@@ -53,14 +60,20 @@ def _running(data_dir: Path) -> StackStatus:
 
 
 @contextmanager
-def as_owner(data_dir: Path) -> Iterator[Connection]:
-    """One transaction as medley_owner. Raises ClickException where there is no database to be found."""
-    engine = create_engine(operator_database_url(data_dir), hide_parameters=True)
+def owner_engine(data_dir: Path) -> Iterator[Engine]:
+    """Connections as medley_owner, for who looks again and again. Raises ClickException where none can be found."""
+    engine = create_engine(operator_database_url(data_dir), hide_parameters=True, pool_pre_ping=True)
     try:
-        with engine.begin() as connection:
-            yield connection
+        yield engine
     finally:
         engine.dispose()
+
+
+@contextmanager
+def as_owner(data_dir: Path) -> Iterator[Connection]:
+    """One transaction as medley_owner. Raises ClickException where there is no database to be found."""
+    with owner_engine(data_dir) as engine, engine.begin() as connection:
+        yield connection
 
 
 def tenant_of(conn: Connection, name: str) -> UUID:

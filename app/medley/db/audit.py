@@ -1,6 +1,6 @@
 """The audit log: who changed what by hand. Written in the transaction of the change; nobody can rewrite it.
 
-Jobs are not listed here: they are rows themselves. Details never hold a prompt or a secret.
+Jobs by themselves are not listed here: each is a row itself. Details never hold a prompt or a secret.
 """
 
 from __future__ import annotations

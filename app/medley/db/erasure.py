@@ -1,6 +1,7 @@
 """The end of a tenant: closed at once, erased when it is due, and a certificate of what was erased.
 
-Closed, a tenant has no keys and makes no batch; what waits is cancelled and workers abort what runs, as for any cancel.
+Closed, a tenant has no keys, makes no batch and is told of no event; what waits is cancelled and workers abort what
+runs, as for any cancel.
 Erased is every row of every table with row-level security where a column is the tenant's: which tables and columns
 these are, and in which order they go, is read from the catalogue, so that no later table is forgotten. Each step is a
 transaction that counts what it erased, so that an erasure that was cut goes on where it stood.

@@ -15,7 +15,8 @@ _READ_OPEN = text(
     " oldest AS (SELECT id FROM batches WHERE pool = :pool AND finished_at IS NULL ORDER BY id LIMIT :limit)"
     " SELECT b.id, b.tenant_id, t.weight, b.priority,"
     "  b.total - b.succeeded - b.failed - b.cancelled - b.expired AS num_left,"
-    "  extract(epoch FROM b.deadline_at - clock_timestamp())::float8 AS due_s"
+    "  extract(epoch FROM b.deadline_at - clock_timestamp())::float8 AS due_s,"
+    "  extract(epoch FROM clock_timestamp() - b.created_at)::float8 AS age_s"
     " FROM batches b JOIN tenants t ON t.id = b.tenant_id"
     " WHERE b.id IN (SELECT id FROM near UNION SELECT id FROM oldest)"
     "  AND b.paused_at IS NULL AND b.cancel_requested_at IS NULL"
@@ -23,9 +24,10 @@ _READ_OPEN = text(
 
 
 def read_open(conn: Connection, pool: str, limit: int = 1_000) -> Sequence[Row[Any]]:
-    """(id, tenant_id, weight, priority, num_left, due_s) of batches that are not done, paused or cancelled.
+    """(id, tenant_id, weight, priority, num_left, due_s, age_s) of batches that are not done, paused or cancelled.
 
-    Up to `limit` by deadline and as many by age. due_s: seconds to the deadline, None where there is none.
+    Up to `limit` by deadline and as many by age. due_s: seconds to the deadline, None where there is none;
+    age_s: since it was made.
     """
     return conn.execute(_READ_OPEN, {"pool": pool, "limit": limit}).all()
 

@@ -44,7 +44,7 @@ WITH want AS (
     UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
     FROM workers w
     WHERE j.id = ANY(ARRAY(SELECT id FROM picked)) AND w.id = %(worker)s AND w.state IN ('active', 'waking')
-        AND w.lease_until > clock_timestamp()
+        AND w.held_state IS DISTINCT FROM 'asleep' AND w.lease_until > clock_timestamp()
     RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
 )
 SELECT coalesce(json_agg(json_build_array(id, attempt, tenant_id, lane, est_tokens, priority, revision_id)), '[]')::text

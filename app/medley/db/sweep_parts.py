@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
+from medley.db.batches import TenantClosing
 from medley.db.sweeps import SweepColumn, SweepPrompt, add_columns, add_part, add_prompts, as_tuple
 
 
@@ -62,8 +63,10 @@ def lock_sweep(conn: Connection, sweep: UUID) -> Row[Any]:
     conn.execute(text("SELECT FROM batches WHERE id = :id FOR NO KEY UPDATE"), {"id": sweep})
     return conn.execute(
         text(
-            "SELECT s.*, b.total, b.cancel_requested_at, coalesce(b.deadline_at <= clock_timestamp(), false) AS is_late"
-            " FROM sweeps s JOIN batches b ON b.id = s.id WHERE s.id = :id"
+            "SELECT s.*, b.total, b.cancel_requested_at,"
+            " coalesce(b.deadline_at <= clock_timestamp(), false) AS is_late,"
+            " t.delete_requested_at IS NOT NULL AS is_closing"
+            " FROM sweeps s JOIN batches b ON b.id = s.id JOIN tenants t ON t.id = s.tenant_id WHERE s.id = :id"
         ),
         {"id": sweep},
     ).one()
@@ -72,12 +75,14 @@ def lock_sweep(conn: Connection, sweep: UUID) -> Row[Any]:
 def extend_sweep(conn: Connection, sweep: Row[Any], extension: Extension) -> int:
     """Adds `extension` to a row of `lock_sweep`. Returns how many cells are new; they become jobs soon.
 
-    Raises NotExtended, after which nothing of the transaction may stand.
+    Raises NotExtended and TenantClosing, after which nothing of the transaction may stand.
     """
     if extension.definition_sha256 is not None:
         _declare(conn, sweep, extension.definition_sha256)
     if extension.is_empty:
         return 0
+    if sweep.is_closing:
+        raise TenantClosing
     if sweep.cancel_requested_at is not None:
         raise NotExtended("it was cancelled; retry what was cancelled first, or take another name")
     if sweep.is_late:
@@ -98,7 +103,12 @@ def extend_sweep(conn: Connection, sweep: Row[Any], extension: Extension) -> int
     )
     total = add_part(conn, sweep.id)
     conn.execute(
-        text("UPDATE batches SET total = :total, finished_at = NULL WHERE id = :id"), {"id": sweep.id, "total": total}
+        # A column may have no cell yet, where prompts belong to others: then nothing is left to end.
+        text(
+            "UPDATE batches SET total = :total, finished_at = CASE WHEN total = :total THEN finished_at END"
+            " WHERE id = :id"
+        ),
+        {"id": sweep.id, "total": total},
     )
     return total - int(sweep.total)
 

@@ -17,10 +17,11 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from medley.db.batches import NewBatch, NewJob, append_jobs, lock_batches, open_batch
+from medley.db.batches import NewBatch, lock_batches, open_batch
 from medley.db.connections import plan_anew
 from medley.db.demand import array_literal
 from medley.db.ends import End, end_unclaimed
+from medley.db.new_jobs import NewJob, append_jobs
 from medley.spec.ids import oldest_after
 from medley.spec.jobs import JobState
 

@@ -18,7 +18,8 @@ LEASE_S = 60.0  # an attempt takes seconds; who has not noted its end by then ha
 RINGS = 100  # messages a tick
 
 # Part of the statement that counts ends (`medley.db.ends`): `counted` are the batches as they stand now, each with
-# how many of its jobs have failed in this statement. A job by itself is no event.
+# how many of its jobs have failed in this statement. A job by itself is no event. An OpenAI batch has finished once its
+# files are there.
 NOTIFY_COUNTED = """
     INSERT INTO webhook_deliveries (tenant_id, webhook_id, event, payload)
     SELECT c.tenant_id, w.id, e.event, json_build_object('type', e.event, 'timestamp', clock_timestamp(), 'data',
@@ -39,7 +40,9 @@ NOTIFY_COUNTED = """
     ) w
     LEFT JOIN sweeps s ON s.id = c.id
     CROSS JOIN LATERAL (VALUES
-        (CASE WHEN c.finished_at IS NULL THEN NULL WHEN s.id IS NULL THEN 'batch.finished' ELSE 'sweep.finished' END),
+        (CASE WHEN c.finished_at IS NULL OR EXISTS (
+            SELECT FROM openai_batches o WHERE o.id = c.id AND o.ended_at IS NULL) THEN NULL
+            WHEN s.id IS NULL THEN 'batch.finished' ELSE 'sweep.finished' END),
         (CASE WHEN w.failed_jobs > c.failed - c.failed_now AND w.failed_jobs <= c.failed THEN 'batch.failing' END)
     ) e(event)
     WHERE NOT c.is_single AND e.event = ANY(w.events)
@@ -47,7 +50,8 @@ NOTIFY_COUNTED = """
 
 _NOTIFY_FINISHED = text(
     "WITH counted AS (SELECT b.*, 0 AS failed_now FROM batches b"
-    f" WHERE b.id = :batch AND b.finished_at IS NOT NULL) {NOTIFY_COUNTED} AND w.id = :webhook"
+    f" WHERE b.id = :batch AND b.finished_at IS NOT NULL) {NOTIFY_COUNTED}"
+    " AND (CAST(:webhook AS uuid) IS NULL OR w.id = CAST(:webhook AS uuid))"
 )
 
 _NOTIFY_QUARANTINE = text(
@@ -60,6 +64,11 @@ _NOTIFY_QUARANTINE = text(
     "  AND w.disabled_at IS NULL AND w.batch_id IS NULL AND 'adapter.quarantined' = ANY(w.events)"
     " WHERE r.id = :revision"
 )
+
+
+def notify_finished(conn: Connection, batch: UUID, webhook: UUID | None = None) -> None:
+    """Writes the event that a batch has finished, where no job's end said so. webhook: for this one alone."""
+    conn.execute(_NOTIFY_FINISHED, {"batch": batch, "webhook": webhook})
 
 
 def notify_quarantine(conn: Connection, revision: UUID) -> None:
@@ -103,7 +112,7 @@ def add_webhook(conn: Connection, new: NewWebhook) -> None:
         },
     )
     if new.batch is not None:
-        conn.execute(_NOTIFY_FINISHED, {"batch": new.batch, "webhook": new.id})
+        notify_finished(conn, new.batch, new.id)
 
 
 _READ = (
@@ -204,11 +213,14 @@ def list_deliveries(conn: Connection, webhook: UUID, limit: int) -> Sequence[Row
 
 # What follows runs as `medley_work`.
 
+# A closed tenant hears nothing: what waits stays due, and goes out if its deletion is called off.
+_IS_OPEN = "EXISTS (SELECT FROM tenants t WHERE t.id = {row}.tenant_id AND t.delete_requested_at IS NULL)"
+
 # Of each endpoint one: a slow one holds up its own events alone, and hears them in order.
 _DUE = text(
     "SELECT d.id FROM webhooks w CROSS JOIN LATERAL (SELECT d.id, d.due_at FROM webhook_deliveries d"
     "  WHERE d.webhook_id = w.id AND d.due_at <= statement_timestamp() ORDER BY d.due_at, d.created_at LIMIT 1) d"
-    " WHERE w.disabled_at IS NULL AND EXISTS ("
+    f" WHERE w.disabled_at IS NULL AND {_IS_OPEN.format(row='w')} AND EXISTS ("
     "  SELECT FROM webhook_deliveries a WHERE a.due_at <= statement_timestamp())"
     " AND NOT EXISTS (SELECT FROM webhook_deliveries o WHERE o.webhook_id = w.id AND o.due_at IS NOT NULL"
     "  AND o.leased_until > statement_timestamp())"
@@ -227,8 +239,9 @@ def due_rings(conn: Connection) -> list[UUID]:
         conn.execute(
             text(
                 "UPDATE webhook_deliveries SET rung_at = clock_timestamp() WHERE id IN ("
-                " SELECT id FROM webhook_deliveries WHERE due_at <= statement_timestamp()"
-                "  AND (rung_at IS NULL OR rung_at < due_at) LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING id"
+                " SELECT id FROM webhook_deliveries d WHERE due_at <= statement_timestamp()"
+                f"  AND (rung_at IS NULL OR rung_at < due_at) AND {_IS_OPEN.format(row='d')}"
+                "  LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING id"
             ),
             {"limit": RINGS},
         ).scalars()
@@ -248,7 +261,9 @@ class Attempt:
 
 
 def begin_attempt(conn: Connection, delivery: UUID) -> Attempt | None:
-    """Leases a due delivery. None where it has ended or is not due, or its endpoint is being sent to or disabled."""
+    """Leases a due delivery. None where it has ended or is not due, or its endpoint is being sent to or disabled, or
+    its tenant is closed.
+    """
     # One at a time, whatever the isolation: two that look at once must not both see that nothing is being sent.
     conn.execute(
         text(
@@ -257,11 +272,12 @@ def begin_attempt(conn: Connection, delivery: UUID) -> Attempt | None:
         ),
         {"id": delivery},
     )
+    is_open = _IS_OPEN.format(row="w")
     row = conn.execute(
         text(
             "UPDATE webhook_deliveries d SET attempt = d.attempt + 1,"
             "  leased_until = clock_timestamp() + make_interval(secs => :lease_s)"
-            " FROM webhooks w WHERE d.id = :id AND w.id = d.webhook_id AND w.disabled_at IS NULL"
+            f" FROM webhooks w WHERE d.id = :id AND w.id = d.webhook_id AND w.disabled_at IS NULL AND {is_open}"
             "  AND d.due_at <= clock_timestamp() AND NOT EXISTS (SELECT FROM webhook_deliveries o"
             "   WHERE o.webhook_id = d.webhook_id AND o.due_at IS NOT NULL AND o.leased_until > clock_timestamp())"
             " RETURNING d.webhook_id, d.attempt, w.url, d.payload, w.secret,"

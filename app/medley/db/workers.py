@@ -50,13 +50,14 @@ def register(
     room: Room,
     lease_s: float,
     desired: WorkerState = WorkerState.ASLEEP,
+    version: str = "",
 ) -> None:
     """A new worker, asleep: its engine is loaded when the dispatcher wakes it, or now where it desires so itself."""
     conn.execute(
         text(
-            "INSERT INTO workers (id, pool, host, pid, state, desired_state, lease_until, max_num_seqs)"
+            "INSERT INTO workers (id, pool, host, pid, state, desired_state, lease_until, max_num_seqs, version)"
             " VALUES (:id, :pool, :host, :pid, 'asleep', :desired,"
-            "  clock_timestamp() + make_interval(secs => :lease_s), :max_num_seqs)"
+            "  clock_timestamp() + make_interval(secs => :lease_s), :max_num_seqs, :version)"
         ),
         {
             "id": worker,
@@ -66,8 +67,24 @@ def register(
             "lease_s": lease_s,
             "max_num_seqs": room.max_num_seqs,
             "desired": desired.value,
+            "version": version,
         },
     )
+
+
+_RENEW = text(
+    "WITH renewed AS ("
+    " UPDATE workers SET lease_until = clock_timestamp() + make_interval(secs => :lease_s), state = :state,"
+    "  changed_at = CASE WHEN state <> :state THEN clock_timestamp() ELSE changed_at END,"
+    "  max_num_seqs = :max_num_seqs, num_pages = :num_pages, page_size = :page_size, num_tiles = :num_tiles,"
+    "  resident = :resident, stats = CAST(:stats AS jsonb)"
+    " WHERE id = :id AND state <> 'gone' AND lease_until > clock_timestamp() RETURNING id, desired_state"
+    "), said AS ("
+    " INSERT INTO worker_batches AS b (worker_id, batch) SELECT id, CAST(:batch AS jsonb) FROM renewed"
+    " WHERE CAST(:batch AS text) IS NOT NULL"
+    " ON CONFLICT (worker_id) DO UPDATE SET batch = excluded.batch, at = excluded.at"
+    ") SELECT desired_state FROM renewed"
+)
 
 
 def renew(
@@ -79,16 +96,14 @@ def renew(
     room: Room,
     resident: Sequence[UUID],
     stats: object,
+    batch: object = None,
 ) -> WorkerState:
-    """Renews the lease and reports. Returns the desired state. Raises LeaseLost where the lease has lapsed."""
+    """Renews the lease and reports. Returns the desired state. Raises LeaseLost where the lease has lapsed.
+
+    batch: whose jobs run here, for the operator alone (JSON-ready); None: as it was said before.
+    """
     row = conn.execute(
-        text(
-            "UPDATE workers SET lease_until = clock_timestamp() + make_interval(secs => :lease_s), state = :state,"
-            " changed_at = CASE WHEN state <> :state THEN clock_timestamp() ELSE changed_at END,"
-            " max_num_seqs = :max_num_seqs, num_pages = :num_pages, page_size = :page_size, num_tiles = :num_tiles,"
-            " resident = :resident, stats = CAST(:stats AS jsonb)"
-            " WHERE id = :id AND state <> 'gone' AND lease_until > clock_timestamp() RETURNING desired_state"
-        ),
+        _RENEW,
         {
             "id": worker,
             "lease_s": lease_s,
@@ -99,6 +114,7 @@ def renew(
             "num_tiles": room.num_tiles,
             "resident": list(resident),
             "stats": msgspec.json.encode(stats).decode(),
+            "batch": None if batch is None else msgspec.json.encode(batch).decode(),
         },
     ).one_or_none()
     if row is None:
@@ -106,25 +122,31 @@ def renew(
     return WorkerState(row.desired_state)
 
 
+# What ran on a worker that is gone runs there no more.
+_GONE = "WITH gone AS (UPDATE workers SET state = 'gone', desired_state = 'gone', changed_at = clock_timestamp()"
+_FORGET_BATCHES = (
+    ", forgotten AS (DELETE FROM worker_batches WHERE worker_id IN (SELECT id FROM gone)) SELECT id FROM gone"
+)
+
+
 def leave(conn: Connection, worker: UUID) -> None:
     """The worker's own farewell, after it has released its jobs."""
-    conn.execute(
-        text(
-            "UPDATE workers SET state = 'gone', desired_state = 'gone', changed_at = clock_timestamp() WHERE id = :id"
-        ),
-        {"id": worker},
-    )
+    conn.execute(text(f"{_GONE} WHERE id = :id RETURNING id) {_FORGET_BATCHES}"), {"id": worker})
 
 
-def desire(conn: Connection, worker: UUID, state: WorkerState) -> None:
-    """Sets the state the worker is to take; a message only rings. The caller holds its term."""
-    conn.execute(
+def desire(conn: Connection, worker: UUID, state: WorkerState) -> bool:
+    """Sets the state the worker is to take; a message only rings. The caller holds its term.
+
+    Returns whether that is new. A worker that an operator holds is told nothing but what he says.
+    """
+    changed = conn.execute(
         text(
             "UPDATE workers SET desired_state = :state, changed_at = clock_timestamp()"
-            " WHERE id = :id AND state <> 'gone' AND desired_state <> :state"
+            " WHERE id = :id AND state <> 'gone' AND desired_state <> :state AND coalesce(held_state, :state) = :state"
         ),
         {"id": worker, "state": state.value},
     )
+    return changed.rowcount > 0
 
 
 _READ_WORKERS = text(
@@ -155,8 +177,8 @@ def leased_by_lane(conn: Connection, pool: str) -> Sequence[Row[Any]]:
 def mark_gone(conn: Connection, pool: str) -> list[UUID]:
     """Marks workers whose lease has lapsed. The caller holds its term."""
     statement = (
-        "UPDATE workers SET state = 'gone', desired_state = 'gone', changed_at = clock_timestamp()"
-        " WHERE pool = :pool AND state <> 'gone' AND lease_until <= clock_timestamp() RETURNING id"
+        f"{_GONE} WHERE pool = :pool AND state <> 'gone' AND lease_until <= clock_timestamp() RETURNING id)"
+        f" {_FORGET_BATCHES}"
     )
     return list(conn.execute(text(statement), {"pool": pool}).scalars())
 

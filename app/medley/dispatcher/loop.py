@@ -26,14 +26,15 @@ from medley.db.batches import HIGH
 from medley.db.connections import make_engine, transaction
 from medley.db.workers import WorkerState
 from medley.dispatcher.forecasts import OpenBatch, forecast, judge
+from medley.dispatcher.glance import Glance
 from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_that_fit
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
+from medley.dispatcher.watchers import watchers
 from medley.health import beat
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, Bell, Ringer, pool_channel
+from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, RUN_JOBS_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
 
-RUN_JOBS_TASK = "medley.run_jobs"
 EXPECT_TASK = "medley.expect"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
@@ -54,6 +55,7 @@ _DESIRED = {
     Phase.DRAINING: WorkerState.DRAINING,
     Phase.ASLEEP: WorkerState.ASLEEP,
 }
+_HOLDS = {None: None, WorkerState.ACTIVE: Phase.ACTIVE, WorkerState.ASLEEP: Phase.ASLEEP}
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -73,10 +75,12 @@ def run(settings: Settings) -> None:
     )
     ringer = Ringer(settings.redis_url)
     bell = Bell(settings.redis_url, pool_channel(settings.pool))
-    dispatcher = Dispatcher(engine, settings, ringer)
+    rules = Rules(look_s=settings.tick_s, scale_wait_s=settings.scale.wait_s)
+    dispatcher = Dispatcher(engine, settings, ringer, rules=rules)
     try:
-        _run_until(stop, dispatcher, bell, settings)
-        dispatcher.resign()
+        with watchers(settings, dispatcher, max_age_s=TERM_TICKS * settings.tick_s):
+            _run_until(stop, dispatcher, bell, settings)
+            dispatcher.resign()
     finally:
         bell.close()
         ringer.close()
@@ -129,6 +133,17 @@ class Dispatcher:
         self._planner = Planner(self._rules)
         self._hinted: dict[UUID, list[UUID]] = {}
         self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
+        self._oldest_batch_s = 0.0
+        self._num_plans = self._num_claimed = 0
+        self._glance: Glance | None = None
+
+    def glance(self) -> Glance | None:
+        """What the last plan saw, from any thread; None while another leads."""
+        return self._glance
+
+    def counts(self) -> dict[str, float]:
+        """What this dispatcher has done, by the names of metrics."""
+        return {"medley_plans": self._num_plans, "medley_claimed_jobs": self._num_claimed}
 
     @property
     def term(self) -> int | None:
@@ -153,7 +168,7 @@ class Dispatcher:
             return self._dispatch()
         except leaders.TermLost:
             log.warning("term.lost", dispatcher=self.id.hex, pool=self._pool, term=self._term)
-            self._term = None
+            self._term = self._glance = None
             self._lead_due_at = now
             return min(self._tick_s, MIN_TURN_S)
 
@@ -166,7 +181,7 @@ class Dispatcher:
                 leaders.resign(conn, self._pool, self.id, self._term)
         except DBAPIError:
             log.info("resign.failed", dispatcher=self.id.hex)  # the term runs out by itself
-        self._term = None
+        self._term = self._glance = None
 
     def _begin(self) -> None:
         """Forgets what was seen: another may have led since."""
@@ -183,6 +198,8 @@ class Dispatcher:
             log.info("term.began", dispatcher=self.id.hex, pool=self._pool, term=term)
             self._begin()
         self._term = term
+        if term is None:
+            self._glance = None
 
     def _write(self, write: Callable[[Connection], T]) -> T:
         """One transaction of this term. Raises TermLost."""
@@ -257,6 +274,7 @@ class Dispatcher:
             rows = forecasts_db.read_open(conn, self._pool)
         if is_due:
             self._forecast_due_at = self._clock() + FORECAST_EVERY_S
+            self._oldest_batch_s = max((row.age_s for row in rows), default=0.0)
         if not rows:
             return
         batches = [OpenBatch(r.id, r.tenant_id, r.weight, r.priority, r.num_left, r.due_s) for r in rows]
@@ -315,12 +333,23 @@ class Dispatcher:
             top_service = 0.0 if waited or not lanes else counters.read_top_service(conn, self._pool)
         stands = [_stands(row) for row in rows]
         self._jobs_per_s = self._planner.fleet_jobs_per_s(stands)
-        return self._planner.plan(
-            [Waits(lane.lane, lane.tenant, lane.revision, lane.priority, lane.num_queued) for lane in lanes],
-            self._lift(accounts, waiting, top_service, now),
-            stands,
+        waits = [Waits(lane.lane, lane.tenant, lane.revision, lane.priority, lane.num_queued) for lane in lanes]
+        plan = self._planner.plan(waits, self._lift(accounts, waiting, top_service, now), stands, now)
+        self._num_plans += 1
+        assert self._term is not None
+        seen = self._planner.sightings
+        self._glance = Glance(
             now,
+            self._pool,
+            self._term,
+            waits,
+            rows,
+            plan.num_wanted,
+            seen.job_tokens,
+            seen.waited_s,
+            self._oldest_batch_s,
         )
+        return plan
 
     def _see_sizes(self, conn: Connection, revisions: set[UUID]) -> None:
         """A revision never changes, so each is read once."""
@@ -345,15 +374,12 @@ class Dispatcher:
         return lifted.tenants
 
     def _desire(self, desires: dict[UUID, Phase]) -> None:
-        def write(conn: Connection) -> None:
-            for worker, phase in sorted(desires.items()):
-                workers.desire(conn, worker, _DESIRED[phase])
+        def write(conn: Connection) -> list[UUID]:
+            return [w for w, phase in sorted(desires.items()) if workers.desire(conn, w, _DESIRED[phase])]
 
-        self._write(write)
-        for worker, phase in desires.items():
-            log.info("worker.desired", worker=worker.hex, state=_DESIRED[phase].value)
-            # A message without ids: the worker looks at its row.
-            self._ringer.send_task(RUN_JOBS_TASK, (), queue=worker_queue(worker))
+        for worker in self._write(write):
+            log.info("worker.desired", worker=worker.hex, state=_DESIRED[desires[worker]].value)
+            self._ringer.tell_worker(worker)
 
     def _claim(self, plan: Plan) -> int:
         """Claims in the order of turns, some of one worker's a transaction, and rings. Returns how many jobs."""
@@ -371,6 +397,7 @@ class Dispatcher:
     def _claim_part(self, worker: UUID, part: queue.Part) -> int:
         claimed = self._write(lambda conn: queue.claim(conn, self._pool, worker, part.lanes, part.load_tokens))
         self._planner.see_claims(worker, [(c.lane, c.est_tokens) for c in claimed], self._clock())
+        self._num_claimed += len(claimed)
         ids = [c.job.hex for c in claimed]
         for start in range(0, len(ids), MAX_IDS_A_MESSAGE):
             ids_of_message = tuple(ids[start : start + MAX_IDS_A_MESSAGE])
@@ -388,6 +415,7 @@ def _stands(row: Row[Any]) -> Stands:
         row.unchanged_s,
         row.num_tiles or None,
         Totals.of(row.stats),
+        _HOLDS[row.held_state],
     )
 
 

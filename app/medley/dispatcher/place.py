@@ -68,7 +68,11 @@ class Fleet:
 
     def __init__(self, workers: Sequence[Worker], homes: Homes, rules: Rules) -> None:
         self._rules = rules
-        self.seats = {w.id: Seat(w, rules) for w in workers if w.phase is Phase.ACTIVE and w.max_num_seqs > 0}
+        self.seats = {
+            w.id: Seat(w, rules)
+            for w in workers
+            if w.phase is Phase.ACTIVE and w.max_num_seqs > 0 and w.hold is not Phase.ASLEEP
+        }
         self.room = sum(seat.room for seat in self.seats.values())
         self._known_homes = homes
         self._homes: dict[UUID, set[UUID]] = {}

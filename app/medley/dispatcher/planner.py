@@ -48,6 +48,7 @@ class Stands(msgspec.Struct, frozen=True):
     unchanged_s: float = 0.0
     num_tiles: int | None = None
     totals: Totals | None = None
+    hold: Phase | None = None
 
 
 class AdapterSize(msgspec.Struct, frozen=True, gc=False):
@@ -181,4 +182,5 @@ class Planner:
             worker.unchanged_s,
             worker.num_tiles,
             self._tiles_leased.get(worker.id, 0),
+            worker.hold,
         )

@@ -40,6 +40,7 @@ class Rules:
     min_look_s: float = 0.05
     waking_look_s: float = 0.25  # while jobs wait and no worker is active yet
     num_upcoming: int = 8  # adapters that a worker is told of ahead of their jobs
+    scale_wait_s: float = 30.0  # as many workers are wanted as would begin all that waits within this time
 
 
 class Lane(msgspec.Struct, frozen=True, gc=False):
@@ -73,6 +74,7 @@ class Worker(msgspec.Struct, frozen=True, gc=False):
     unchanged_s: float = 0.0  # since its state or desired state changed
     num_tiles: int | None = None  # adapter memory; None: not known, and taken for enough
     tiles_leased: int = 0  # of the adapters of its leased jobs, which cannot leave
+    hold: Phase | None = None  # ACTIVE or ASLEEP, where an operator says so: the policy works around it
 
 
 class Assignment(msgspec.Struct, frozen=True, gc=False):
@@ -93,3 +95,4 @@ class Plan:
     num_left: int  # jobs that wait on
     look_in_s: float  # when to plan again, if nothing rings before
     upcoming: dict[UUID, list[UUID]] = field(default_factory=dict)  # active worker: lanes to come, nearest first
+    num_wanted: int = 0  # workers that the pool should have for what it has to do, there or not

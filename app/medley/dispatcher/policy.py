@@ -16,7 +16,7 @@ from uuid import UUID
 from medley.dispatcher.pick import Waiting, serve
 from medley.dispatcher.place import Fleet, Homes
 from medley.dispatcher.plans import Assignment, Lane, Plan, Rules, Tenant, Worker
-from medley.dispatcher.scale import desires
+from medley.dispatcher.scale import count_wanted, desires
 
 NO_HOMES: Mapping[UUID, Collection[UUID]] = {}
 RULES = Rules()
@@ -59,6 +59,7 @@ def plan(
         num_left,
         _look_in_s(fleet, num_left, budget, rules),
         _upcoming(fleet, left, rules),
+        count_wanted(workers, num_left + sum(a.num_jobs for a in assignments), rules),
     )
 
 

@@ -48,6 +48,8 @@ class Sightings:
             track = self._tracks.get(worker)
             if track is None:
                 track = self._tracks[worker] = _Track(now, num)
+            # A short job may come and go between two looks.
+            has_worked = track.num_claimed > 0
             elapsed_s = now - track.seen_at
             if elapsed_s > 0:
                 num_finished = max(0, track.num_leased + track.num_claimed - num)
@@ -58,7 +60,7 @@ class Sightings:
                 track.seen_at, track.num_leased, track.num_claimed = now, num, 0
             if num:
                 track.empty_since = None
-            elif track.empty_since is None:
+            elif has_worked or track.empty_since is None:
                 track.empty_since = now
         return gone
 

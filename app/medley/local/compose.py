@@ -56,8 +56,20 @@ _WORKER_KNOBS = (
     "MEDLEY_MAX_TPOT_MS",
     "MEDLEY_BATCH_INVARIANT",
     "MEDLEY_TENSOR_PARALLEL",
+    "MEDLEY_SLEEP",
     "MEDLEY_STORE_CACHE_DIR",
     "MEDLEY_STORE_CACHE_BYTES",
+)
+
+# Of the dispatcher: whom it calls when the pool should grow or may shrink, and where metrics are served.
+_SCALE_KNOBS = (
+    "MEDLEY_SCALE_HOOK",
+    "MEDLEY_SCALE_HOOK_SECRET",
+    "MEDLEY_SCALE_WAIT_S",
+    "MEDLEY_SCALE_RELEASE_AFTER_S",
+    "MEDLEY_SCALE_REPEAT_S",
+    "MEDLEY_METRICS_HOST",
+    "MEDLEY_METRICS_PORT",
 )
 
 Yaml = dict[str, Any]
@@ -172,6 +184,8 @@ def _environment(spec: ProcessSpec, profile: str | None) -> dict[str, str]:
     env["MEDLEY_MODEL_NAME"] = "${MEDLEY_MODEL_NAME:-}"
     if spec.health is Health.BEAT:
         env["MEDLEY_HEALTH_FILE"] = _BEAT
+    if spec.name == "dispatcher":
+        env |= {key: "${" + key + ":-}" for key in _SCALE_KNOBS}
     if spec.serves_port:
         env |= {"MEDLEY_HOST": "0.0.0.0", "MEDLEY_PORT": str(_PORT)}
     if profile is not None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medley.config import inherited_env
+from medley.config import inherited_env, scale_secret_env
 from medley.health import is_alive
 from medley.local.child import Command
 from medley.local.datadir import DataDir
@@ -146,6 +146,10 @@ class _Deployment:
         }
         if spec.health is Health.BEAT:
             env["MEDLEY_HEALTH_FILE"] = str(self._health_file(name))
+        if spec.name == "dispatcher":
+            env |= scale_secret_env()
+        else:
+            env.pop("MEDLEY_SCALE_HOOK", None)  # which wants the secret
         if spec.serves_port:
             env["MEDLEY_LISTEN_FD"] = str(self._listener.fileno())
         return env

@@ -44,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: tokens and log-probabilities depend on no neighbour, bit by bit; slower on CUDA. A CPU in float32
     gives that always.
     tensor_parallel: devices of this host that share the model, from `device` on; sizes in bytes are those of each.
+    sleeps: Sleep will be asked for, so what is large lies in memory that can be given back.
     """
 
     model_dir: str
@@ -62,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tpot_ms: float | None = None
     batch_invariant: bool = False
     tensor_parallel: int = 1
+    sleeps: bool = False
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------
@@ -114,18 +116,32 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
     adapters: tuple[AdapterRef, ...]
 
 
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Give the device's memory back, weights apart from their host copy; answered by `Asleep`.
+
+    The engine holds no jobs, and gets none before it is woken. One that cannot sleep ends.
+    """
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Be as before the sleep, without adapters on the device; answered by `Awake`. One that cannot wake ends."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToEngine = Add | Abort | Release | Upcoming | Forget | Shutdown
+ToEngine = Add | Abort | Release | Upcoming | Forget | Sleep | Wake | Shutdown
 
 
 # Engine to shell ---------------------------------------------------------------------------------------------
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine is loaded. What it has room for, in rows, tokens, KV pages and adapter tiles."""
+    """The engine is loaded. What it has room for, in rows, tokens, KV pages and adapter tiles.
+
+    can_sleep: `Sleep` may be asked for; not so where the device has no virtual memory.
+    """
 
     max_num_seqs: int
     max_model_len: int
@@ -134,6 +150,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     num_tiles: int
     vocab_size: int
     load_s: float
+    can_sleep: bool = False
 
 
 class Running(msgspec.Struct, frozen=True, tag=True):
@@ -167,6 +184,17 @@ class Released(msgspec.Struct, frozen=True, tag=True):
     checkpoint: Checkpoint
 
 
+class Asleep(msgspec.Struct, frozen=True, tag=True):
+    """device_bytes: of the device's memory that the process still holds."""
+
+    device_bytes: int
+    sleep_s: float
+
+
+class Awake(msgspec.Struct, frozen=True, tag=True):
+    wake_s: float
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals since the engine started, and what it holds now. Sent each second and at the end."""
 
@@ -188,11 +216,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_pages: int = 0
     tiles_used: int = 0
     num_tiles: int = 0
+    device_bytes: int = 0  # of the device's memory that the process holds, 0 on a CPU
     resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
     num_devices: int = 1  # that share the model
+    device_total_bytes: int = 0  # of the device's memory, 0 on a CPU
 
 
-FromEngine = Ready | Running | Progress | Finished | Released | EngineStats
+class Batch(msgspec.Struct, frozen=True, tag=True):
+    """The jobs that hold rows now: those that decode, and those whose prompts are being computed. Sent each second."""
+
+    decoding: tuple[JobKey, ...] = ()
+    prefilling: tuple[JobKey, ...] = ()
+
+
+FromEngine = Ready | Running | Progress | Finished | Released | Asleep | Awake | EngineStats | Batch
 
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

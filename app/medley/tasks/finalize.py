@@ -1,7 +1,8 @@
 """The last step of an OpenAI batch: its output and error file, written from the results at constant memory.
 
 The batch is at its end only once its files are durable. A task that is cut leaves rows of files that nobody sees,
-which maintenance clears away; another writes new ones. Knows nothing of Celery.
+which maintenance clears away; another writes new ones. So does the end of a retry: a file that was shown never changes.
+Knows nothing of Celery.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from uuid import UUID
 
 import msgspec
 import structlog
-from sqlalchemy import Engine, Row
+from sqlalchemy import Connection, Engine, Row
 
 from medley.api.openai.choices import (
     ChatCompletion,
@@ -24,14 +25,15 @@ from medley.api.openai.choices import (
     completion_of,
     failure_of,
     group_by_request,
+    usage_before,
     usage_of,
 )
 from medley.api.openai.errors import OpenAIError
 from medley.api.openai.tokens import TokenTexts
 from medley.db import openai_batches
-from medley.db.batches import read_answers
 from medley.db.connections import transaction
 from medley.db.files import BATCH_OUTPUT, DEFAULT_EXPIRES_S, NewFile, begin_file, finish_file, give_up_files
+from medley.db.results import read_answers
 from medley.objects import Objects
 from medley.rings import Ringer
 from medley.spec.ids import BATCH, public_id, uuid7
@@ -66,10 +68,13 @@ _UNFINISHED = {
 }
 
 
+class _StepLost(Exception):
+    """The batch is not being finalized any more."""
+
+
 @dataclass
 class _Counts:
     num_completed: int = 0
-    num_failed: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
 
@@ -97,24 +102,28 @@ class Finalizer:
         self._should_stop = should_stop
 
     def finalize(self, row: Row[Any]) -> None:
-        """Writes the files of a batch whose step was taken, and ends it."""
+        """Writes the files of a batch whose step was taken, and ends it; leaves one of which jobs are retried."""
         counts = _Counts()
         with _Draft() as output, _Draft() as errors:
-            for group in self._requests(row.id):
-                line = self._line(row.endpoint, group, counts)
-                (output if line.response is not None and line.response.status_code == 200 else errors).write(line)
-            if self._should_stop():
-                with transaction(self._engine) as conn:
-                    openai_batches.leave_step(conn, row.id)
+            try:
+                for group in self._requests(row):
+                    line = self._line(row.endpoint, group, counts)
+                    (output if line.response is not None and line.response.status_code == 200 else errors).write(line)
+                if self._should_stop():
+                    with transaction(self._engine) as conn:
+                        openai_batches.leave_step(conn, row.id)
+                    return
+                files = [self._store(row, "output", output), self._store(row, "errors", errors)]
+            except _StepLost:
                 return
-            files = [self._store(row, "output", output), self._store(row, "errors", errors)]
         self._end(row, counts, files)
 
     def _end(self, row: Row[Any], counts: _Counts, files: list[UUID | None]) -> None:
         output, errors = files
         outcome = openai_batches.Outcome(
             num_completed=counts.num_completed,
-            num_failed=counts.num_failed,
+            # Those that never became jobs among them.
+            num_failed=row.num_requests - counts.num_completed,
             input_tokens=counts.input_tokens,
             output_tokens=counts.output_tokens,
             output_file=output,
@@ -122,8 +131,8 @@ class Finalizer:
         )
         stored = [file for file in files if file is not None]
         with transaction(self._engine) as conn:
-            state = openai_batches.end_finalized(conn, row.id, outcome)
-            if state is None:  # another task was first
+            state = openai_batches.end_finalized(conn, row.id, outcome, began_at=row.finalizing_at)
+            if state is None:  # another task was first, or jobs are retried
                 give_up_files(conn, stored)
                 return
             for file in stored:
@@ -131,14 +140,14 @@ class Finalizer:
         log.info("openai_batch.ended", batch=row.id.hex, state=state)
         self._ringer.ring_done(row.id)
 
-    def _requests(self, batch: UUID) -> Iterator[list[Row[Any]]]:
+    def _requests(self, row: Row[Any]) -> Iterator[list[Row[Any]]]:
         """The results of each request, in the order of the input; ends early where this process stops."""
         after: UUID | None = None
         rest: list[Row[Any]] = []
         while not self._should_stop():
             with transaction(self._engine) as conn:
-                openai_batches.renew_step(conn, batch, "finalizing")
-                page = read_answers(conn, batch, after=after, limit=RESULTS_A_PAGE)
+                _renew(conn, row)
+                page = read_answers(conn, row.id, after=after, limit=RESULTS_A_PAGE)
             if not page:
                 yield from group_by_request(rest)
                 return
@@ -149,9 +158,9 @@ class Finalizer:
 
     def _line(self, endpoint: str, group: list[Row[Any]], counts: _Counts) -> _OutputLine:
         first = group[0]
-        usage = usage_of(group)
-        counts.input_tokens += usage.prompt_tokens
-        counts.output_tokens += usage.completion_tokens
+        usage, earlier = usage_of(group), usage_before(group)
+        counts.input_tokens += usage.prompt_tokens + earlier.prompt_tokens
+        counts.output_tokens += usage.completion_tokens + earlier.completion_tokens
         bad = next((row for row in group if row.state != JobState.SUCCEEDED), None)
         line = _OutputLine(f"batch_req_{first.id.hex}", first.custom_id, None, None)
         if bad is None:
@@ -159,7 +168,6 @@ class Finalizer:
             body = completion_of(endpoint, group, self._base_name, self._texts)
             line.response = _Response(200, first.id.hex, body)
             return line
-        counts.num_failed += 1
         if bad.state == JobState.FAILED:
             status, error = failure_of(bad)
             line.response = _Response(status, first.id.hex, {"error": error})
@@ -182,9 +190,15 @@ class Finalizer:
         )
         with transaction(self._engine) as conn:
             begin_file(conn, file)
-            openai_batches.renew_step(conn, row.id, "finalizing")
+            _renew(conn, row)
         self._objects.put(file.object_key, draft.rewound())
         return file.id
+
+
+def _renew(conn: Connection, row: Row[Any]) -> None:
+    """Raises _StepLost."""
+    if not openai_batches.renew_step(conn, row.id, "finalizing", began_at=row.finalizing_at):
+        raise _StepLost
 
 
 class _Draft:

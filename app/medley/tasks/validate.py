@@ -1,12 +1,14 @@
 """The first steps of an OpenAI batch: its file is judged whole, then its lines become jobs, a chunk a transaction.
 
 Judging writes nothing but its end, so one that is cut begins again. While lines become jobs, each transaction holds
-the place in the file up to which they have, so one that is cut goes on there. Knows nothing of Celery.
+the place in the file up to which they have, so one that is cut goes on there. An input that is lost meanwhile ends the
+batch with the jobs that it has, once that is sure. Knows nothing of Celery.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,20 +28,23 @@ from medley.api.openai.requests import Request, RequestReader, job_columns
 from medley.api.openai.shapes import BatchError
 from medley.config import Settings
 from medley.db import openai_batches
-from medley.db.batches import NewBatch, add_batch_demand, append_columns, lanes_of, read_last_job
+from medley.db.batches import NewBatch
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.files import read_object_key
-from medley.db.lanes import add_lanes
+from medley.db.lanes import Lane
+from medley.db.new_jobs import add_lane_demand, append_columns, lanes_of, read_last_job
 from medley.db.quotas import QuotaExceeded, read_quotas, reserve
 from medley.db.tenants import read_name
-from medley.objects import ObjectMissing, Objects
+from medley.objects import ObjectMissing, Objects, StoreError
 from medley.rings import Ringer, pool_channel
+from medley.spec.jobs import JobState
 
 LINES_A_CHUNK = 2_000  # judged between two looks at the batch's row
 JOBS_A_CHUNK = 2_000  # written by one transaction, of some tens of milliseconds
 CHUNK_S = openai_batches.TAKEN_S / 5  # a chat may render slowly, and the step must be kept
 MAX_ERRORS = 10_000  # listed; beyond it they are counted
+LOST_AFTER_S = 900.0  # for which an input must have been missing: a store that comes back may take a while to show it
 
 log = structlog.get_logger()
 
@@ -49,7 +54,7 @@ class _Verdict:
     """What is known of a file so far."""
 
     num_requests: int = 0
-    num_jobs: int = 0
+    num_jobs: Counter[str] = field(default_factory=Counter)  # by model
     num_bytes: int = 0  # of prompts
     num_errors: int = 0
     is_too_many: bool = False
@@ -60,6 +65,16 @@ class _Verdict:
     def add(self, *errors: BatchError) -> None:
         self.num_errors += len(errors)
         self.errors += errors[: MAX_ERRORS - len(self.errors)]
+
+    def lanes(self, base_name: str) -> list[Lane]:
+        """The jobs by what their models mean: two names of one revision are one lane."""
+        lanes: dict[UUID | None, Lane] = {}
+        for model, num_jobs in self.num_jobs.items():
+            revision = self.models[model].revision
+            name = None if model == base_name else model
+            lane = lanes.get(revision, Lane(revision, name, 0))
+            lanes[revision] = Lane(revision, lane.adapter, lane.num_jobs + num_jobs)
+        return list(lanes.values())
 
     def listed(self) -> list[BatchError]:
         left = self.num_errors - len(self.errors)
@@ -116,11 +131,12 @@ class Validator:
             conn,
             row.id,
             num_requests=verdict.num_requests,
-            num_jobs=verdict.num_jobs,
             models={model: resolved.revision for model, resolved in verdict.models.items()},
+            lanes=verdict.lanes(self._base_name),
         ):
             quotas = read_quotas(conn, row.tenant_id, self._quotas)
-            reserve(conn, row.tenant_id, quotas, row.id, num_jobs=verdict.num_jobs, num_bytes=verdict.num_bytes)
+            num_jobs = verdict.num_jobs.total()
+            reserve(conn, row.tenant_id, quotas, row.id, num_jobs=num_jobs, num_bytes=verdict.num_bytes)
             log.info("openai_batch.valid", batch=row.id.hex, num_requests=verdict.num_requests)
 
     def _judge(self, row: Row[Any], verdict: _Verdict) -> bool | None:
@@ -161,18 +177,31 @@ class Validator:
                 verdict.custom_ids.add(line.custom_id)
             if line.request is None:
                 continue
-            verdict.num_jobs += line.request.num_jobs
+            verdict.num_jobs[line.request.model] += line.request.num_jobs
             verdict.num_bytes += line.request.num_bytes
             if (reason := verdict.models[line.request.model].wanted) is not None:
                 got, wanted = repr(line.request.model)[:80], f"{self._base_name!r}, or {reason}"
                 verdict.add(line_error("model_not_found", line.number, param="body.model", got=got, wanted=wanted))
         limit = self._limits.max_jobs_per_request
-        if verdict.num_jobs > limit and not verdict.is_too_many:
+        if verdict.num_jobs.total() > limit and not verdict.is_too_many:
             verdict.is_too_many = True
             verdict.add(file_error("too_many_requests", f"more than {limit} samples, which is the limit of one file"))
 
     def expand(self, row: Row[Any]) -> None:
-        """Makes jobs of the lines from where they stand, until all are, the batch is cancelled or this stops."""
+        """Makes jobs of the lines from where they stand, until all are or this stops. Raises StoreError, OSError.
+
+        Those of a cancelled batch end at once. An input that is lost ends the expansion in its time.
+        """
+        try:
+            self._expand(row)
+        except ObjectMissing:
+            if not self._give_up(row, is_missing=True):
+                raise
+        except (StoreError, OSError):
+            if not self._give_up(row, is_missing=False):
+                raise
+
+    def _expand(self, row: Row[Any]) -> None:
         with transaction(self._engine) as conn:
             models = {m.model: m.revision_id for m in openai_batches.read_models(conn, row.id)}
         at = row.next_offset
@@ -201,30 +230,44 @@ class Validator:
             row = openai_batches.lock_expansion(conn, batch)
             if row is None or row.next_offset != at:
                 return False
-            if row.cancel_requested_at is not None:
-                openai_batches.stop_expansion(conn, batch)
-                return False
             self._write(conn, row, requests)
             openai_batches.advance(conn, batch, end)
         return True
 
     def _write(self, conn: Connection, row: Row[Any], requests: list[tuple[Request, str | None, UUID | None]]) -> None:
-        """Makes the jobs; those of an adapter that was quarantined or revoked meanwhile end at once."""
+        """Makes the jobs; those of a cancelled batch, and of an adapter that was barred meanwhile, end at once."""
         models = openai_batches.read_models(conn, row.id)
         batch = NewBatch(row.id, row.tenant_id, row.pool, priority=row.priority, deadline_at=row.deadline_at)
         columns = job_columns(requests, self._base_name)
         is_held = row.paused_at is not None
         ids = append_columns(conn, batch, columns, is_held=is_held, after=read_last_job(conn, row.id))
-        if is_held:
-            add_lanes(conn, row.id, row.tenant_id, lanes_of(columns))
-        else:
-            add_batch_demand(conn, batch, lanes_of(columns))
+        if not is_held:
+            add_lane_demand(conn, batch, lanes_of(columns))
+        if row.cancel_requested_at is not None:
+            end_unclaimed(conn, ids, End(JobState.CANCELLED))
+            return
         made = list(zip(ids, columns.revisions, strict=True))
         for end, barred in (
             (End.quarantined(), {m.revision_id for m in models if m.is_quarantined}),
             (End.revoked(), {m.revision_id for m in models if m.is_revoked}),
         ):
             end_unclaimed(conn, [job for job, revision in made if revision in barred], end)
+
+    def _give_up(self, row: Row[Any], *, is_missing: bool) -> bool:
+        """Ends the expansion where its input will not be read any more: with what there is, failed for the rest."""
+        with transaction(self._engine) as conn:
+            lost = openai_batches.note_lost_input(conn, row.id, is_missing=is_missing)
+            is_over = lost.is_late or lost.cancel_requested_at is not None or lost.lost_s >= LOST_AFTER_S
+            if not is_over:
+                return False
+            if openai_batches.lock_expansion(conn, row.id) is not None:
+                why = "is not in the store any more" if is_missing else "could not be read while the window was open"
+                message = f"the input file {why}; of its requests those that are in neither file were never made"
+                code = "file_not_found" if is_missing else "file_unreadable"
+                openai_batches.stop_expansion(conn, row.id, _encoded([file_error(code, message)]))
+        log.warning("openai_batch.input_lost", batch=row.id.hex, is_missing=is_missing)
+        self._ringer.ring_done(row.id)
+        return True
 
     def _lines(self, row: Row[Any], start: int) -> Iterator[tuple[Line, int]]:
         """(line, where the next begins) from byte `start` on; blank ones are passed over. Raises ObjectMissing."""
@@ -242,8 +285,12 @@ class Validator:
 
 
 def _fail(conn: Connection, batch: UUID, errors: list[BatchError], *, num_errors: int) -> None:
-    if openai_batches.end_without_jobs(conn, batch, "failed", errors=msgspec.json.encode(errors).decode()):
+    if openai_batches.end_without_jobs(conn, batch, "failed", errors=_encoded(errors)):
         log.info("openai_batch.failed", batch=batch.hex, num_errors=num_errors)
+
+
+def _encoded(errors: list[BatchError]) -> str:
+    return msgspec.json.encode(errors).decode()
 
 
 def _num_jobs(line: Line) -> int:

@@ -20,6 +20,7 @@ from medley_worker.engine.host_tiles import PackedAdapter
 from medley_worker.engine.sequences import AdapterKey
 from medley_worker.ops.lora import LoraBatch, build_lora_batch
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, LoraStage, TileLayout, tile_layout
+from medley_worker.ops.memory import Memory
 
 
 def layout_for(model: BaseModel, device: torch.device) -> Layout:
@@ -50,14 +51,14 @@ class StagedLora:
         return build_lora_batch(adapters, num_tokens, self.stage)
 
 
-def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int) -> Lora:
+def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int, memory: Memory) -> Lora:
     if isinstance(layout, TileLayout):
         return StagedLora(LoraStage(layout, pool))
     from medley_worker.ops.sgmv import SgmvLora
     from medley_worker.ops.sgmv_layout import FragmentLayout
 
     assert isinstance(layout, FragmentLayout)
-    return SgmvLora(layout, pool, max_tokens, max_adapters)
+    return SgmvLora(layout, pool, max_tokens, max_adapters, memory=memory)
 
 
 class AdapterMemory:
@@ -74,19 +75,19 @@ class AdapterMemory:
         layout: Layout,
         copier: Copier,
         *,
+        memory: Memory,
         num_tiles: int,
         dtype: torch.dtype,
         max_tokens: int,
         max_adapters: int,
     ) -> None:
-        """max_tokens, max_adapters: of one step."""
+        """max_tokens, max_adapters: of one step. memory: where tiles and workspaces lie on the device."""
         self._layout, self._copier = layout, copier
         self.num_tiles = num_tiles
-        self.tiles = copier.new_device(num_tiles + 1, layout.tile_elements, dtype)  # the last one stays zeros
+        self.tiles = memory.cleared((num_tiles + 1, layout.tile_elements), dtype)  # the last one stays zeros
         # An adapter's scales lie where its first tile says, so that they live and die with it.
-        scales = copier.new_device(num_tiles, layout.num_layers * len(SITES), torch.float32)
-        self._scales = scales.view(num_tiles, layout.num_layers, len(SITES))
-        self.lora = _new_lora(layout, self.tiles, max_tokens, max_adapters)
+        self._scales = memory.cleared((num_tiles, layout.num_layers, len(SITES)), torch.float32)
+        self.lora = _new_lora(layout, self.tiles, max_tokens, max_adapters, memory)
         self._resident: dict[AdapterKey, AdapterTiles] = {}
         self._last_batch: tuple[tuple[object, ...], object | None] = ((), None)
         self._arriving: dict[AdapterKey, Fence] = {}  # placed, and no step has waited for the copy
@@ -137,6 +138,12 @@ class AdapterMemory:
             for tile in tiles:
                 self._read_in[tile] = used_in
         self._arriving.pop(key, None)  # copies follow each other, so the next owner's comes after it
+
+    def forget_reads(self) -> None:
+        """The memory is about to go, nobody lies in it, and no step is under way."""
+        assert not self._resident, "adapters leave before the memory does"
+        self._read_in = [0] * self.num_tiles
+        self._last_batch = ((), None)  # its list of work names addresses of what was there
 
     def lora_batch(
         self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int], *, begins_step: bool = True

@@ -25,6 +25,7 @@ from medley_worker.engine.sequences import AdapterKey
 from medley_worker.engine.sizing import CPU_HOST_BYTES
 from medley_worker.engine.tiles import TilePool
 from medley_worker.models.sharding import Shard, shard_of
+from medley_worker.ops.memory import Memory, PlainMemory
 
 __all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "OtherRanks"]
 
@@ -88,10 +89,12 @@ class AdapterCache:
         copier: Copier | None = None,
         shard: Shard | None = None,
         others: OtherRanks | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """max_tokens, max_adapters: of one step. copier: for tests; the device has its own.
 
-        shard: what of `model` this rank has, all of it by default; others: the ranks that have the rest.
+        shard: what of `model` this rank has, all of it by default; others: the ranks that have the rest. memory: where
+        tiles and workspaces lie on the device; None: torch's own.
         """
         device = torch.device(device)
         copier = new_copier(device) if copier is None else copier
@@ -99,7 +102,13 @@ class AdapterCache:
         layout = layout_for(shard.part, device)
         self._loader = AdapterLoader(shard, layout, dtype, copier, host_bytes)
         self._memory = AdapterMemory(
-            layout, copier, num_tiles=num_tiles, dtype=dtype, max_tokens=max_tokens, max_adapters=max_adapters
+            layout,
+            copier,
+            memory=PlainMemory(device) if memory is None else memory,
+            num_tiles=num_tiles,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            max_adapters=max_adapters,
         )
         self._others = others
         self._tiles: TilePool[AdapterKey] = TilePool(num_tiles)
@@ -152,6 +161,15 @@ class AdapterCache:
         self._loader.drop(key)
         self._sources.pop(key, None)
         self._drop_elsewhere(key)
+
+    def evict_all(self) -> None:
+        """Leave every tile, before the device's memory goes. Nobody has pinned any, and no step is under way.
+
+        Host copies stay.
+        """
+        for key in self.resident():
+            self._release(key)
+        self._memory.forget_reads()
 
     def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
         """Unregister what is neither resident nor wanted. Host copies stay: what a key names never changes."""

@@ -29,7 +29,9 @@ from medley_worker.models import Decoder, KVCache, load_model
 from medley_worker.models.kv import kv_page_size
 from medley_worker.models.sharding import shard_of
 from medley_worker.ops.collectives import RankGroup
+from medley_worker.ops.device_usage import DeviceUsage
 from medley_worker.ops.lora_stage import TILE_RANKS
+from medley_worker.ops.memory import Memory, new_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +48,8 @@ class Parts:
     scheduler: Scheduler
     forward: Forward
     pace: Pace | None
+    memory: Memory
+    usage: DeviceUsage
     ranks: Ranks | None  # where the model is shared
 
 
@@ -115,6 +119,8 @@ def _check(config: EngineConfig) -> None:
 def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], followers: Followers | None) -> Parts:
     dtype = DTYPES[config.dtype]
     device = torch.device(config.device if followers is None else rank_device(config, 0))
+    usage = DeviceUsage(device)  # first of all
+    memory = new_memory(device, sleeps=config.sleeps)
     decoder: Decoder | None = None
     if config.forward == "null":
         model = read_base_model(Path(config.model_dir), need_weights=False)
@@ -126,11 +132,12 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
             load_format=config.load_format,
             seed=config.seed,
             num_ranks=config.tensor_parallel,
+            memory=memory,
         )
         model = decoder.shard.whole
     part = model if decoder is None else decoder.config
     ranks = None if followers is None or decoder is None else _meet(followers, decoder)
-    sizes = size_engine(config, part, _shape(part, dtype, device), _least_memory(device, ranks))
+    sizes = size_engine(config, part, _shape(part, dtype, device), _least_memory(device, memory, ranks))
     if followers is not None:
         followers.build(sizes)
     cache = AdapterCache(
@@ -143,6 +150,7 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
         max_adapters=sizes.max_num_seqs,
         shard=None if decoder is None else decoder.shard,
         others=followers,
+        memory=memory,
     )
     rows = RowTable(sizes.max_num_seqs, sizes.max_model_len, sizes.page_size, model.eos_token_ids)
     pages = PagePool(sizes.num_pages, sizes.page_size)
@@ -153,11 +161,12 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
     if decoder is None:
         forward = NullForward(rows, model.vocab_size)
     else:
-        kv = decoder.new_kv_cache(sizes.num_pages)
-        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant, followers)
+        kv = decoder.new_kv_cache(sizes.num_pages, memory=memory)
+        forward = _forward(decoder, kv, cache, rows, scheduler, sizes, config.batch_invariant, followers, memory)
     if followers is not None:
         followers.await_built()
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, ranks)
+    usage.settle(memory)
+    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, memory, usage, ranks)
 
 
 def _meet(followers: Followers, decoder: Decoder) -> Ranks:
@@ -168,9 +177,9 @@ def _meet(followers: Followers, decoder: Decoder) -> Ranks:
     return Ranks(followers, group)
 
 
-def _least_memory(device: torch.device, ranks: Ranks | None) -> DeviceMemory | None:
+def _least_memory(device: torch.device, memory: Memory, ranks: Ranks | None) -> DeviceMemory | None:
     """The memory of the rank that has least: all ranks have the same pages and tiles."""
-    mine = device_memory(device)
+    mine = device_memory(device, memory)
     others = [] if ranks is None else ranks.followers.await_met(ranks.group)
     return mine if mine is None else min([mine, *others], key=lambda memory: memory.free_bytes)
 
@@ -184,14 +193,23 @@ def _forward(
     sizes: EngineSizes,
     is_invariant: bool,
     others: Followers | None,
+    memory: Memory,
 ) -> Forward:
     if decoder.device.type == "cuda":
         # FlashInfer is installed where there is CUDA.
         from medley_worker.engine.cuda_forward import CudaForward
 
-        max_tokens = sizes.max_num_batched_tokens
-        parts = (decoder, kv, cache, rows, scheduler)
-        return CudaForward(*parts, max_tokens=max_tokens, is_invariant=is_invariant, others=others)
+        return CudaForward(
+            decoder,
+            kv,
+            cache,
+            rows,
+            scheduler,
+            max_tokens=sizes.max_num_batched_tokens,
+            is_invariant=is_invariant,
+            others=others,
+            memory=memory,
+        )
     return ModelForward(decoder, kv, cache, rows, scheduler, others)
 
 
@@ -213,13 +231,13 @@ def _shape(model: BaseModel, dtype: torch.dtype, device: torch.device) -> Shape:
     )
 
 
-def device_memory(device: torch.device) -> DeviceMemory | None:
+def device_memory(device: torch.device, memory: Memory) -> DeviceMemory | None:
     """What the weights have left of a CUDA device."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()  # what loading the weights took for a moment
     free, _ = torch.cuda.mem_get_info(device)
-    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device))
+    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device) + memory.num_bytes)
 
 
 def free_host_bytes() -> int:

@@ -22,7 +22,7 @@ class Fence(Protocol):
 
 
 class Copier(Protocol):
-    """Memory on both sides, and the way between them.
+    """Memory on the host, and the way from there to the device.
 
     is_async: copies run beside steps, so what a step reads is fenced and host memory is filled ahead of need.
     """
@@ -31,10 +31,6 @@ class Copier(Protocol):
 
     def new_host(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         """[count, elements] in host memory from which `copy` is fast."""
-        ...
-
-    def new_device(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
-        """[count, elements] zeros on the device."""
         ...
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Fence | None) -> Fence:
@@ -66,9 +62,6 @@ class HostCopier:
         # From calloc, so that what is never used takes no memory.
         memory = np.zeros(count * elements * dtype.itemsize, dtype=np.uint8)
         return torch.from_numpy(memory).view(dtype).view(count, elements)
-
-    def new_device(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
-        return self.new_host(count, elements, dtype)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Fence | None) -> Fence:
         del after
@@ -107,9 +100,6 @@ class CudaCopier:
     def new_host(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         with torch.cuda.device(self._device):  # a thread's own current device is the first one
             return torch.empty((count, elements), dtype=dtype, pin_memory=True)
-
-    def new_device(self, count: int, elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros((count, elements), dtype=dtype, device=self._device)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Fence | None) -> Fence:
         if after is not None:

@@ -31,6 +31,7 @@ from medley_worker.engine.step_inputs import StepContents, step_contents
 from medley_worker.engine.token_passes import token_passes
 from medley_worker.models import Decoder, KVCache
 from medley_worker.ops.greedy import greedy
+from medley_worker.ops.memory import Memory, PlainMemory
 from medley_worker.ops.sampling import SamplingRow, build_sampling_batch, sample
 from medley_worker.ops.sgmv import SgmvBatch
 
@@ -103,11 +104,17 @@ class CudaForward(CudaPasses):
         max_tokens: int,
         is_invariant: bool = False,
         others: Followers | None = None,
+        memory: Memory | None = None,
     ) -> None:
+        """others: the ranks that have the rest of the model. memory: where logits and workspaces lie on the device;
+        None: torch's own.
+        """
+        memory = PlainMemory(decoder.device) if memory is None else memory
         super().__init__(
             decoder,
             kv,
             adapters,
+            memory,
             num_rows=rows.num_rows,
             max_row_pages=rows.page_table.shape[1],
             max_tokens=max_tokens,
@@ -116,7 +123,7 @@ class CudaForward(CudaPasses):
         self._adapters, self._rows, self._scheduler, self._others = adapters, rows, scheduler, others
         num_rows, device = rows.num_rows, decoder.device
         self._results = torch.zeros(RESULT_BYTES * num_rows, dtype=torch.uint8, device=device)
-        self._logits = torch.zeros((num_rows, decoder.config.vocab_size), dtype=torch.float32, device=device)
+        self._logits = memory.cleared((num_rows, decoder.config.vocab_size), torch.float32)
         self._outputs = cycle([_Output(num_rows) for _ in range(NUM_BUFFERS)])
         with torch.inference_mode(), torch.cuda.device(device):
             self._warm_up()

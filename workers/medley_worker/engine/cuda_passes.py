@@ -22,6 +22,7 @@ from medley_worker.engine.decode_graphs import DecodeGraphs
 from medley_worker.engine.parallel.messages import PassArrays
 from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets
 from medley_worker.models import Decoder, ForwardBatch, KVCache
+from medley_worker.ops.memory import Memory
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
 from medley_worker.ops.sgmv import PREFILL_TOKENS, SgmvBatch, SgmvLora
@@ -55,7 +56,8 @@ class CudaPasses:
     """One rank's passes. A subclass says what is computed of a step of decode rows, which is captured.
 
     num_rows: of the row table; there is one more, the spare one, whose tokens nobody wants. max_row_pages: pages of one
-    row. max_tokens: the scheduler's token budget of a step. is_invariant: every pass has one shape.
+    row. max_tokens: the scheduler's token budget of a step. is_invariant: every pass has one shape. memory: where
+    workspaces lie on the device.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class CudaPasses:
         decoder: Decoder,
         kv: KVCache,
         adapters: Adapters,
+        memory: Memory,
         *,
         num_rows: int,
         max_row_pages: int,
@@ -95,6 +98,7 @@ class CudaPasses:
             kv_indices=self._fields.kv_indices,
             last_page_len=self._fields.last_page_len,
             is_invariant=is_invariant,
+            memory=memory,
         )
         self._inputs = cycle([_Input(self._layout, self._attention.windows) for _ in range(NUM_BUFFERS)])
         self._graphs = DecodeGraphs()
@@ -188,7 +192,8 @@ class CudaFollowerPasses(CudaPasses):
         self,
         decoder: Decoder,
         kv: KVCache,
-        memory: AdapterMemory,
+        adapters: AdapterMemory,
+        memory: Memory,
         *,
         num_rows: int,
         max_row_pages: int,
@@ -198,6 +203,7 @@ class CudaFollowerPasses(CudaPasses):
         super().__init__(
             decoder,
             kv,
+            adapters,
             memory,
             num_rows=num_rows,
             max_row_pages=max_row_pages,

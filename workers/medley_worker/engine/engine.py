@@ -53,6 +53,7 @@ class Engine:
         self.config = config
         self.on_entering: Callable[[list[RequestId]], None] | None = None
         self._open: Parts | None = assemble(config, self._announce, on_rank_death)
+        self._is_asleep = False
         self._pipeline = Pipeline(self._parts.forward, self._parts.rows, self._parts.scheduler)
         self._grammars = Grammars(Path(config.model_dir), self.vocab_size, self._parts.model.eos_token_ids)
         self._sequences: dict[RequestId, Sequence] = {}
@@ -80,6 +81,7 @@ class Engine:
         max_tpot_ms: float | None = None,
         batch_invariant: bool = False,
         tensor_parallel: int = 1,
+        sleeps: bool = False,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
 
@@ -88,7 +90,8 @@ class Engine:
         alone. seed: of random weights, and of the seeds drawn for requests that bring none. adapter_host_bytes:
         memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
         rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost. tensor_parallel: devices
-        that share the model, `device` and those after it, each with a process of its own.
+        that share the model, `device` and those after it, each with a process of its own. sleeps: `sleep` will be
+        called.
         """
         return cls(
             EngineConfig(
@@ -107,6 +110,7 @@ class Engine:
                 max_tpot_ms=max_tpot_ms,
                 batch_invariant=batch_invariant,
                 tensor_parallel=tensor_parallel,
+                sleeps=sleeps,
             )
         )
 
@@ -123,6 +127,20 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._parts.model.vocab_size
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether `sleep` gives the device's memory back: asked for by `sleeps`, and possible on this device."""
+        return self._parts.memory.can_sleep
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._is_asleep
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the device's memory that this process holds now; 0 on a CPU."""
+        return self._parts.usage.num_bytes
 
     @property
     def has_work(self) -> bool:
@@ -172,8 +190,11 @@ class Engine:
 
         priority: higher goes first. stream: report tokens as they come; otherwise only at the end.
         is_sampling_checked: its sampling parameters were held against their limits before, as the service does.
-        Raises Refused for what the model cannot serve, AlreadyInFlight for an id in flight (both ValueErrors).
+        Raises Refused for what the model cannot serve, AlreadyInFlight for an id in flight (both ValueErrors),
+        RuntimeError while asleep.
         """
+        if self._is_asleep:
+            raise RuntimeError("the engine is asleep; wake() first")
         if request_id in self._sequences:
             raise AlreadyInFlight(f"request {request_id!r} is in flight already")
         check_request(request, checkpoint, self._limits, is_sampling_checked=is_sampling_checked)
@@ -275,6 +296,31 @@ class Engine:
                 released[request_id] = sequence.checkpoint()
         return released
 
+    def sleep(self) -> None:
+        """Give the device's memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
+
+        Addresses stay, and with them what was captured. Raises RuntimeError with requests in flight, where `can_sleep`
+        is false, or, as OSError too, where the host has no room for the weights; the engine stays awake then.
+        """
+        if self._is_asleep:
+            return
+        if not self.can_sleep:
+            raise RuntimeError("this engine cannot sleep: it was built without `sleeps`, or on a device without a way")
+        if self.has_work:
+            raise RuntimeError("sleep() wants an engine without requests in flight; release() them")
+        self._parts.residency.evict_all()
+        self._parts.memory.sleep()
+        self._is_asleep = True
+
+    def wake(self) -> None:
+        """Have the memory again, with the weights in it, at the same addresses.
+
+        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        """
+        if self._is_asleep:
+            self._parts.memory.wake()
+            self._is_asleep = False
+
     def prepare_grammars(self) -> None:
         """Load what structured output needs, which takes seconds for a large vocabulary; else its first use does."""
         self._grammars.prepare()
@@ -288,10 +334,10 @@ class Engine:
     def forget(self, adapters: Iterable[AdapterRef]) -> None:
         """Drop these adapters from device and host memory, but for those of requests in flight."""
         used = {sequence.adapter for sequence in self._sequences.values()}
-        for ref in adapters:
-            key = (ref.tenant, ref.revision)
-            if key not in used:
-                self._parts.residency.remove(key)
+        gone = {(ref.tenant, ref.revision) for ref in adapters} - used
+        self._parts.scheduler.forget_upcoming(gone)  # or they would be read again
+        for key in gone:
+            self._parts.residency.remove(key)
 
     def stats(self) -> EngineStats:
         """Totals since the engine started, and what it holds now."""
@@ -316,9 +362,19 @@ class Engine:
             num_pages=parts.pages.num_pages,
             tiles_used=residency.tiles_used,
             num_tiles=residency.num_tiles,
+            device_bytes=parts.usage.num_bytes,
             resident=residency.revisions,
             num_devices=self.config.tensor_parallel,
         )
+
+    def in_rows(self) -> tuple[list[RequestId], list[RequestId]]:
+        """The requests that hold rows now: those that decode, and those whose prompts are being computed."""
+        is_decoding = self._parts.rows.is_decoding
+        found: tuple[list[RequestId], list[RequestId]] = ([], [])
+        for sequence in self._sequences.values():
+            if sequence.row is not None:
+                found[0 if is_decoding[sequence.row] else 1].append(sequence.request_id)
+        return found
 
     def close(self) -> None:
         """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import msgspec
@@ -32,7 +32,11 @@ from medley.spec.jobs import Checkpoint
 from medley.spec.wire import (
     Abort,
     Add,
+    Asleep,
+    Awake,
+    Batch,
     EngineConfig,
+    EngineStats,
     Finished,
     Forget,
     FrameReader,
@@ -44,8 +48,10 @@ from medley.spec.wire import (
     Released,
     Running,
     Shutdown,
+    Sleep,
     ToEngine,
     Upcoming,
+    Wake,
     WorkItem,
     encode_frame,
     to_engine_decoder,
@@ -61,24 +67,27 @@ from medley_worker.parents import die_with_parent
 STATS_INTERVAL_S = 1.0
 _RECEIVE_BYTES = 1 << 20
 _CRASHED = 137  # what a SIGKILLed process reports
+_USELESS = 3  # its memory could not be given back, or not be had again
 
 log = structlog.get_logger()
 
 
 class Failpoint:
     """For fault tests. `die_on_token=<id>`: die in the step that first holds a job with this token in its prompt;
-    `die_on_step=always`: die in the first step, whatever it holds.
+    `die_on_step=always`, `die_on_sleep=always`, `die_on_wake=always`: die in the first of these, whatever it holds.
     """
 
     def __init__(self, text: str | None) -> None:
-        self._is_fatal = text == "die_on_step=always"
+        name, _, value = (text or "").partition("=")
+        self._is_fatal = (name, value) == ("die_on_step", "always")
+        self._fatal_change = name if name in ("die_on_sleep", "die_on_wake") and value == "always" else None
         self._token_id: int | None = None
         self._doomed: set[RequestId] = set()
-        if text is not None and not self._is_fatal:
-            name, _, value = text.partition("=")
+        if text is not None and not self._is_fatal and self._fatal_change is None:
             if name != "die_on_token" or not value.isdecimal():
                 raise ValueError(
-                    f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id> or die_on_step=always"
+                    f"MEDLEY_ENGINE_FAILPOINT: got {text!r}, wanted die_on_token=<token id> or die_on_step=always,"
+                    " die_on_sleep=always, die_on_wake=always"
                 )
             self._token_id = int(value)
 
@@ -88,6 +97,11 @@ class Failpoint:
 
     def entering(self, request_ids: Iterable[RequestId]) -> None:
         if self._is_fatal or not self._doomed.isdisjoint(request_ids):
+            os._exit(_CRASHED)
+
+    def changing(self, what: str) -> None:
+        """what: "sleep" or "wake"."""
+        if self._fatal_change == f"die_on_{what}":
             os._exit(_CRASHED)
 
 
@@ -100,6 +114,7 @@ class Service:
         self._outbox = outbox
         self._failpoint = failpoint
         self._stats_at = time.monotonic()  # when the next statistics are due
+        self._said_batch = Batch()
         engine.on_entering = self._entering
 
     def run(self) -> None:
@@ -110,8 +125,21 @@ class Service:
             now = time.monotonic()
             if now >= self._stats_at:
                 self._stats_at = now + STATS_INTERVAL_S
-                self._send(self._engine.stats())
-        self._send(self._engine.stats())
+                self._send(*self._batch(), self._stats())
+        self._send(self._stats())
+
+    def _stats(self) -> EngineStats:
+        if self._engine.config.device == "cpu":
+            return self._engine.stats()
+        total = torch.cuda.get_device_properties(self._engine.config.device).total_memory
+        return msgspec.structs.replace(self._engine.stats(), device_total_bytes=total)
+
+    def _batch(self) -> list[Batch]:
+        """Who is in the rows now; nothing while there is no work and was none."""
+        decoding, prefilling = self._engine.in_rows()
+        batch = Batch(cast(tuple[JobKey, ...], tuple(decoding)), cast(tuple[JobKey, ...], tuple(prefilling)))
+        was, self._said_batch = self._said_batch, batch
+        return [batch] if self._engine.has_work or was != batch else []
 
     def _take_messages(self) -> bool:
         """Handle what has arrived; without work, wait for it. False after Shutdown."""
@@ -142,6 +170,13 @@ class Service:
                 self._engine.set_upcoming(adapters)
             case Forget(adapters=adapters):
                 self._engine.forget(adapters)
+            case Sleep():
+                self._failpoint.changing("sleep")
+                sleep_s = _timed(self._engine.sleep, "engine.sleepless")
+                self._send(Asleep(device_bytes=self._engine.device_bytes, sleep_s=sleep_s), self._stats())
+            case Wake():
+                self._failpoint.changing("wake")
+                self._send(Awake(wake_s=_timed(self._engine.wake, "engine.unwakeable")))
 
     def _add(self, item: WorkItem) -> None:
         request = Request(item.prompt_token_ids, item.adapter, item.sampling, item.num_continuation)
@@ -187,6 +222,19 @@ class Service:
             self._outbox.put(b"".join(map(encode_frame, messages)))
 
 
+def _timed(change: Callable[[], None], event_on_failure: str) -> float:
+    """Seconds that a change of the engine's memory took. Raises SystemExit where it failed: what there is of it now
+    is not known.
+    """
+    started = time.monotonic()
+    try:
+        change()
+    except (RuntimeError, OSError, MemoryError) as error:
+        log.error(event_on_failure, reason=str(error))
+        raise SystemExit(_USELESS) from None
+    return time.monotonic() - started
+
+
 def _message(output: RequestOutput) -> Finished | Progress:
     key = cast(JobKey, output.request_id)
     if not output.is_finished:
@@ -221,7 +269,10 @@ def read_bodies(connection: socket.socket, inbox: queue.SimpleQueue[bytes]) -> N
 
 
 def main() -> int:
-    """Serve the socket `--fd` until Shutdown or its end. Exit status 2: the engine could not be built."""
+    """Serve the socket `--fd` until Shutdown or its end.
+
+    Exit status 2: the engine could not be built; 3: its memory could not be given back, or not be had again.
+    """
     parser = argparse.ArgumentParser(prog="medley_worker.engine.process")
     parser.add_argument("--fd", type=int, required=True, help="an open socket to the shell")
     arguments = parser.parse_args()
@@ -273,6 +324,7 @@ def _ready(engine: Engine, load_s: float) -> Ready:
         num_tiles=engine.stats().num_tiles,
         vocab_size=engine.vocab_size,
         load_s=load_s,
+        can_sleep=engine.can_sleep,
     )
 
 

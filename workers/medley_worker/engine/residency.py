@@ -62,6 +62,10 @@ class CachedResidency:
     def remove(self, key: AdapterKey) -> None:
         self._cache.forget(key)
 
+    def evict_all(self) -> None:
+        """Leave the device's memory, which is about to go. No request is in flight."""
+        self._cache.evict_all()
+
     def is_resident(self, key: AdapterKey) -> bool:
         return self._cache.is_resident(key)
 

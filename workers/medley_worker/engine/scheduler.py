@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from typing import Protocol
 
 import numpy as np
@@ -109,6 +110,10 @@ class Scheduler:
         """Adapters that come after those of the waiting line, nearest first."""
         self._upcoming = tuple(keys)
         self._is_line_new = True
+
+    def forget_upcoming(self, keys: Set[AdapterKey]) -> None:
+        """These do not come, whatever `set_upcoming` was told."""
+        self.set_upcoming([key for key in self._upcoming if key not in keys])
 
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_line_key)

@@ -15,13 +15,14 @@ from medley_worker.models.kv import KVCache, kv_page_size
 from medley_worker.models.sharding import Shard
 from medley_worker.ops.backend import new_backend
 from medley_worker.ops.collectives import Alone, Collectives
+from medley_worker.ops.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One layer, in the model's dtype. D: head size, n: query and key heads.
 
-    Linear weights are [in, out]; on CUDA these are views of [out, in] memory, which cuBLAS reads as fast.
+    Linear weights are [in, out], in the order in which the device reads them best (models/loading.py).
     """
 
     input_norm: Tensor  # [H]
@@ -62,8 +63,11 @@ class Decoder:
         """Compute with these others from now on."""
         self._ranks = ranks
 
-    def new_kv_cache(self, num_pages: int, page_size: int | None = None) -> KVCache:
-        """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own."""
+    def new_kv_cache(self, num_pages: int, page_size: int | None = None, memory: Memory | None = None) -> KVCache:
+        """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own.
+
+        memory: where it lies on the device; None: torch's own.
+        """
         return KVCache(
             num_layers=self.config.num_layers,
             num_pages=num_pages,
@@ -72,6 +76,7 @@ class Decoder:
             dtype=self.dtype,
             device=self.device,
             page_size=kv_page_size(self.device) if page_size is None else page_size,
+            memory=memory,
         )
 
     @torch.inference_mode()
@@ -115,8 +120,7 @@ class Decoder:
                 return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         x = ops.add_rms_norm(x, residual, final_norm)
-        logits = ops.linear(x, lm_head)
-        return logits.to(torch.float32) if out is None else out.copy_(logits)
+        return ops.logits(x, lm_head, out)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[T, H] on every rank; the others need no tokens, only how many there are."""

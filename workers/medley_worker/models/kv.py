@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medley_worker.ops.memory import Memory, PlainMemory
+
 # Tokens a page. On CPU a page is one item of a batched product, so small pages cost calls.
 CPU_PAGE_SIZE = 32
 CUDA_PAGE_SIZE = 16
@@ -36,17 +38,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         page_size: int,
+        memory: Memory | None = None,
     ) -> None:
+        """memory: where it lies on `device`; None: torch's own."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.spare_page = num_pages
+        memory = PlainMemory(torch.device(device)) if memory is None else memory
         if torch.device(device).type == "cuda":
             shape = (num_layers, num_pages + 1, 2, page_size, num_kv_heads, head_dim)
-            self._k, self._v = torch.zeros(shape, dtype=dtype, device=device).unbind(2)
+            self._k, self._v = memory.cleared(shape, dtype).unbind(2)
         else:
             pages = (num_layers, num_pages, num_kv_heads)
-            self._k = torch.zeros((*pages, head_dim, page_size), dtype=dtype, device=device)
-            self._v = torch.zeros((*pages, page_size, head_dim), dtype=dtype, device=device)
+            self._k = memory.cleared((*pages, head_dim, page_size), dtype)
+            self._v = memory.cleared((*pages, page_size, head_dim), dtype)
         self.k: tuple[Tensor, ...] = tuple(self._k.unbind(0))
         self.v: tuple[Tensor, ...] = tuple(self._v.unbind(0))
 

@@ -6,6 +6,7 @@ gives; all that is wrong is reported at once.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from medley.spec.base_models import BaseModel, UnsupportedModel, linear_sites, r
 from medley.spec.errors import Fault
 from medley_worker.models.decoder import Decoder, DecoderWeights, LayerWeights
 from medley_worker.models.sharding import Shard, shard_of
+from medley_worker.ops.memory import Memory, PlainMemory
 
 LOAD_FORMATS = ("safetensors", "random")
 RANDOM_STD = 0.02  # transformers' own initializer_range
@@ -32,8 +34,11 @@ def load_model(
     seed: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
+    memory: Memory | None = None,
 ) -> Decoder:
     """The model in a folder, on `device`, in `dtype`; of several ranks, the share of one, which `join`s the others.
+
+    memory: where its weights lie on `device`; None: torch's own.
 
     load_format "random" makes weights from the configuration and `seed`, and reads no weight files.
     Raises UnsupportedModel with every fault of configuration or weights, ValueError for an unknown load_format or a
@@ -45,7 +50,7 @@ def load_model(
     config = read_base_model(model_dir, need_weights=load_format == "safetensors")
     device = torch.device(device)
     shard = shard_of(config, rank, num_ranks)
-    places = _Places(shard, dtype, device)
+    places = _Places(shard, dtype, PlainMemory(device) if memory is None else memory)
     if load_format == "random":
         _fill_randomly(places, shard, seed)
     else:
@@ -80,18 +85,19 @@ class _Places:
     So a weight is written once, where it stays: packing copies nothing on CUDA, and a layer at a time on CPU.
     """
 
-    def __init__(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shard: Shard, dtype: torch.dtype, memory: Memory) -> None:
         config = self._config = shard.part
         self._by_name: dict[str, Tensor] = {}
         self._groups: dict[str, Tensor] = {}  # by the name of the group's first tensor
         shapes = tensor_shapes(config)
-        for names in _groups(config):
-            if not shard.holds(names[0]):
-                continue
-            rows = [shapes[name][0] for name in names]
-            group = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
+        groups = [names for names in _groups(config) if shard.holds(names[0])]
+        whole = [(sum(shapes[name][0] for name in names), *shapes[names[0]][1:]) for names in groups]
+        blocks = memory.kept([math.prod(shape) * dtype.itemsize for shape in whole])
+        for names, shape, block in zip(groups, whole, blocks, strict=True):
+            flat = block.view(dtype)
+            group = flat.view(shape[::-1]).t() if _is_row_major(names[0], flat.device) else flat.view(shape)
             self._groups[names[0]] = group
-            self._by_name |= dict(zip(names, torch.split(group, rows), strict=True))
+            self._by_name |= dict(zip(names, torch.split(group, [shapes[name][0] for name in names]), strict=True))
         self.dtype, self.device = group.dtype, group.device
 
     def __getitem__(self, name: str) -> Tensor:
@@ -140,6 +146,16 @@ def _groups(config: BaseModel) -> list[list[str]]:
     together = [group for group in groups if group[0] in names]
     grouped = {name for group in together for name in group}
     return together + [[name] for name in names if name not in grouped]
+
+
+# Linear weights that cuBLASLt reads faster as [in, out] row by row than as [out, in], by 1 to 10 % for 8 to 256 rows on
+# an H200 (benchmarks/NOTES.md). The others it reads up to a half slower so.
+ROW_MAJOR_ON_CUDA = ("q_proj.weight", "o_proj.weight", "down_proj.weight")
+
+
+def _is_row_major(first: str, device: torch.device) -> bool:
+    """Whether a group of tensors, known by its first, lies in memory as [in, out] row by row."""
+    return device.type == "cuda" and first.endswith(ROW_MAJOR_ON_CUDA)
 
 
 def _transposed(weight: Tensor) -> Tensor:

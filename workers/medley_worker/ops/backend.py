@@ -47,6 +47,10 @@ class Backend(Protocol):
         """Semantics: y = x @ weight + bias. x: [T, K], weight: [K, N]. Returns a new [T, N]."""
         ...
 
+    def logits(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """Semantics: y = x @ weight, in float32. x: [R, H], weight: [H, V]. Returns `out` where given, [R, V]."""
+        ...
+
     def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
         """Semantics: y[t] += scale * (x[t] @ A) @ B with the adapter of row t. y: [T, sum of out], mutated."""
         ...
@@ -93,6 +97,10 @@ class CpuBackend:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
+
+    def logits(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        y = linear(x, weight)
+        return y.to(torch.float32) if out is None else out.copy_(y)
 
     def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
         assert lora is None or isinstance(lora, LoraBatch)

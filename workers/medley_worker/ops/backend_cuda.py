@@ -21,9 +21,14 @@ from medley_worker.ops.sgmv import SgmvBatch, sgmv_apply
 
 
 class CudaBackend:
-    """`backend.Backend` on one CUDA device, bfloat16 or float16; every operator runs on the current stream."""
+    """`backend.Backend` on one CUDA device, bfloat16 or float16; every operator runs on the current stream.
+
+    Making one has torch take cuBLASLt for the products of this process: for tens and hundreds of rows it picks faster
+    kernels than cuBLAS does (benchmarks/NOTES.md).
+    """
 
     def __init__(self, config: BaseModel, device: torch.device) -> None:
+        torch.backends.cuda.preferred_blas_library("cublaslt")
         self._config = config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._cos_sin = cos_sin_cache(frequencies.to(device), config.max_model_len)
@@ -44,6 +49,11 @@ class CudaBackend:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+    def logits(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return torch.mm(x, weight, out_dtype=torch.float32)
+        return torch.mm(x, weight, out_dtype=torch.float32, out=out)
 
     def lora_apply(self, y: Tensor, x: Tensor, group: str, layer: int, lora: object | None) -> None:
         if lora is not None:

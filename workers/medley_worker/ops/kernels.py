@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from medley_worker.ops.build import library
 
 MAX_SITES, MAX_TILES = 3, 16
-MODES = {"fused": 0, "planes": 1, "bulk": 2, "joined": 3}
+MODES = {"ring": 0, "bulk": 1}
 HEADER = 8  # numbers before a group's items
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_ABI = 2
+_ABI = 4
 _ERROR_BYTES = 512
 
 # MedleyItem of csrc/medley.h.
@@ -66,8 +66,6 @@ class Call(ctypes.Structure):
         ("pdl", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
-        ("flags", c_void_p),
-        ("flags_bytes", c_int64),
     )
 
 
@@ -85,8 +83,6 @@ class Kernels:
         self._sgmv.argtypes = (POINTER(Group), POINTER(Call), c_void_p, *error)
         self._workspace = handle.medley_sgmv_workspace
         self._workspace.argtypes, self._workspace.restype = (POINTER(Group), c_int32, c_int32, c_int32), c_int64
-        self._flags = handle.medley_sgmv_flags
-        self._flags.argtypes, self._flags.restype = (c_int32, c_int32), c_int64
         self._room = handle.medley_sgmv_room
         self._room.argtypes = (POINTER(Group), c_int32, c_int32, POINTER(c_int32), POINTER(c_int32), *error)
         self._greedy = handle.medley_greedy
@@ -102,6 +98,16 @@ class Kernels:
             c_void_p,
             *error,
         )
+        self._granularity = handle.medley_memory_granularity
+        self._granularity.argtypes = (c_int32, POINTER(c_int64), *error)
+        self._reserve = handle.medley_memory_reserve
+        self._reserve.argtypes = (c_int64, POINTER(c_uint64), *error)
+        self._release = handle.medley_memory_release
+        self._release.argtypes = (c_uint64, c_int64, *error)
+        self._map = handle.medley_memory_map
+        self._map.argtypes = (c_int32, c_uint64, c_int64, POINTER(c_uint64), *error)
+        self._unmap = handle.medley_memory_unmap
+        self._unmap.argtypes = (c_uint64, c_int64, c_uint64, *error)
 
     def sgmv(self, group: Group, call: Call, stream: int) -> None:
         """Launch on `stream`. Raises KernelError naming the argument that is wrong."""
@@ -109,9 +115,6 @@ class Kernels:
 
     def workspace_bytes(self, group: Group, max_items: int, block_rows: int, mode: int) -> int:
         return int(self._workspace(byref(group), max_items, block_rows, mode))
-
-    def flags_bytes(self, max_items: int, mode: int) -> int:
-        return int(self._flags(max_items, mode))
 
     def room(self, group: Group, block_rows: int, mode: int) -> tuple[int, int]:
         """(Parts of items that the current device works on at once, column blocks that a part should hold)."""
@@ -149,6 +152,32 @@ class Kernels:
                 _ERROR_BYTES,
             )
         )
+
+    def granularity(self, device_index: int) -> int:
+        """Of the device's virtual memory, in bytes; 0 where it has none."""
+        found = c_int64()
+        self._check(self._granularity(device_index, byref(found), self._error, _ERROR_BYTES))
+        return found.value
+
+    def reserve(self, num_bytes: int) -> int:
+        """An address with `num_bytes` behind it, without memory. Raises KernelError."""
+        address = c_uint64()
+        self._check(self._reserve(num_bytes, byref(address), self._error, _ERROR_BYTES))
+        return address.value
+
+    def release(self, address: int, num_bytes: int) -> None:
+        """The end of what `reserve` gave; nothing is mapped there any more. Raises KernelError."""
+        self._check(self._release(address, num_bytes, self._error, _ERROR_BYTES))
+
+    def map(self, device_index: int, address: int, num_bytes: int) -> int:
+        """Put memory at reserved addresses, all or nothing. Returns its handle. Raises KernelError."""
+        handle = c_uint64()
+        self._check(self._map(device_index, address, num_bytes, byref(handle), self._error, _ERROR_BYTES))
+        return handle.value
+
+    def unmap(self, address: int, num_bytes: int, handle: int) -> None:
+        """Give back what `map` put there, as a whole. Nothing that runs uses it. Raises KernelError."""
+        self._check(self._unmap(address, num_bytes, handle, self._error, _ERROR_BYTES))
 
     def _check(self, code: int) -> None:
         if code:

@@ -15,6 +15,7 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPaged
 from torch import Tensor
 
 from medley.spec.base_models import BaseModel
+from medley_worker.ops.memory import Memory, PlainMemory
 from medley_worker.ops.paged import Kernel, check_supported, takes_tensor_cores, window_left, workspace_bytes
 
 INT_WORKSPACE_BYTES = 8 << 20  # FlashInfer's own size
@@ -35,7 +36,7 @@ class PagedAttention:
 
     | memory | whose |
     | kv_indptr, kv_indices, last_page_len on the device | the caller's; decode kernels read them where they lie |
-    | workspaces | this object's |
+    | workspaces | this object's; the large one lies in `memory`, plans in torch's own, which stays during a sleep |
     | pinned plans | the step's, see PlanMemory |
 
     kv_indptr: [R+1], last_page_len: [R], kv_indices: [K], int32, R at least the largest bucket.
@@ -53,6 +54,7 @@ class PagedAttention:
         kv_indices: Tensor,
         last_page_len: Tensor,
         is_invariant: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         check_supported(config, dtype)
         self._config, self._dtype, self._page_size = config, dtype, page_size
@@ -63,17 +65,17 @@ class PagedAttention:
         self._device = kv_indices.device
         num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         num_bytes = workspace_bytes(config, max(buckets), num_sms)
-        self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        self._workspace = (memory or PlainMemory(self._device)).cleared((num_bytes,), torch.uint8)
         self.windows = tuple(dict.fromkeys(config.layer_windows))
-        memory = PlanMemory(self.windows)
+        pinned = PlanMemory(self.windows)
         self._decode: dict[int, dict[int | None, Any]] = {bucket: {} for bucket in buckets}
         self._prefill: dict[int | None, Any] = {}
         for window in self.windows:
             workspace = torch.zeros(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
             for bucket in buckets:
-                self._decode[bucket][window] = self._new_decode(bucket, window, workspace, memory.decode[window])
+                self._decode[bucket][window] = self._new_decode(bucket, window, workspace, pinned.decode[window])
             self._prefill[window] = BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=PREFILL_BACKEND)
-        torch.cuda.synchronize(self._device)  # `memory` goes
+        torch.cuda.synchronize(self._device)  # `pinned` goes
 
     def _new_decode(self, bucket: int, window: int | None, workspace: Tensor, pinned: Tensor) -> Any:
         wrapper = BatchDecodeWithPagedKVCacheWrapper(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from medley_worker.ops.kernels import DTYPES, HEADER, ITEM, MAX_SITES, MAX_TILES, MODES, Call, Group, kernels
 from medley_worker.ops.lora_stage import SITES, AdapterTiles, GroupShape
+from medley_worker.ops.memory import Memory, PlainMemory
 from medley_worker.ops.operators import register
 from medley_worker.ops.sgmv_layout import BLOCK, FragmentLayout, fragment_layout
 
@@ -51,8 +52,8 @@ class SgmvLora:
     """The work lists of one engine over one pool of tiles.
 
     pool: [num_tiles (+ any), tile_elements] on a CUDA device, bfloat16 or float16. max_tokens: of one step.
-    max_adapters: distinct ones in one step. mode: "bulk", "joined", "fused", "planes" (csrc/medley.h), or None for the
-    fastest that the device has.
+    max_adapters: distinct ones in one step. mode: "bulk", "ring" (csrc/medley.h), or None for the faster that there is.
+    memory: where the workspace lies on the device; None: torch's own.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SgmvLora:
         max_adapters: int,
         mode: str | None = None,
         pdl: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         if not pool.is_cuda or pool.dtype not in DTYPES or not pool.is_contiguous():
             raise ValueError(f"pool: got {pool.dtype} on {pool.device}, wanted contiguous bfloat16 or float16 on CUDA")
@@ -75,9 +77,8 @@ class SgmvLora:
         index = pool.device.index if pool.device.index is not None else torch.cuda.current_device()
         self._kernels = kernels(index)
         is_hopper = torch.cuda.get_device_capability(index)[0] >= 9
-        wanted = tuple(MODES) if is_hopper else ("planes",)
-        if mode is None:
-            mode = "bulk" if is_hopper else "planes"
+        wanted = ("bulk", "ring") if is_hopper else ("ring",)
+        mode = wanted[0] if mode is None else mode
         if mode not in wanted:
             raise ValueError(f"mode: got {mode!r}, wanted {' or '.join(wanted)} on this device")
         self._mode = MODES[mode]
@@ -104,8 +105,7 @@ class SgmvLora:
         self._stages = [torch.zeros(num_bytes, dtype=torch.uint8).pin_memory() for _ in range(NUM_STAGES)]
         self._sent = [torch.cuda.Event() for _ in range(NUM_STAGES)]  # type: ignore[no-untyped-call]
         self._num_sent = 0
-        self._workspace = self._new_workspace()
-        self._flags = {(name, rows): self._new_flags(rows) for name in self._groups for rows in BLOCK_ROWS}
+        self._workspace = self._new_workspace(PlainMemory(pool.device) if memory is None else memory)
         self._records: dict[int, dict[str, Items]] = {}
         self._calls: dict[tuple[str, int, int], Call] = {}
 
@@ -185,21 +185,15 @@ class SgmvLora:
             pdl=self._pdl,
             workspace=self._workspace.data_ptr(),
             workspace_bytes=self._workspace.numel(),
-            flags=self._flags[group, block_rows].data_ptr(),
-            flags_bytes=self._flags[group, block_rows].numel(),
         )
 
-    def _new_workspace(self) -> Tensor:
+    def _new_workspace(self, memory: Memory) -> Tensor:
         wanted = max(
             self._kernels.workspace_bytes(group, self._capacity[rows], rows, self._mode)
             for group in self._groups.values()
             for rows in BLOCK_ROWS
         )
-        return torch.empty(wanted, dtype=torch.uint8, device=self.device)
-
-    def _new_flags(self, block_rows: int) -> Tensor:
-        wanted = self._kernels.flags_bytes(self._capacity[block_rows], self._mode)
-        return torch.zeros(wanted, dtype=torch.uint8, device=self.device)
+        return memory.cleared((wanted,), torch.uint8)
 
     def _record(self, adapter: AdapterTiles) -> dict[str, Items]:
         """An adapter's items with all filled in but its rows, by group; groups not adapted are absent."""
@@ -251,7 +245,7 @@ class SgmvLora:
         tiles = int(items["num_tiles"].max(initial=1))
         pairs = tiles * group.num_sites
         pairs_in_stage = -(-pairs // -(-pairs // PAIRS_IN_STAGE))
-        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE), pairs
+        return len(items), num_parts, pairs_in_stage, min(tiles, TILES_IN_STAGE)
 
     def _send(self, group: str, items: Items, header: tuple[int, ...], stage: Tensor) -> None:
         start = self._offsets[group]

@@ -22,22 +22,29 @@ class Feed:
         self._held = held
         self._lock = threading.Lock()
         self._link: EngineLink | None = None
+        self._resting: EngineLink | None = None  # gets no jobs, and still forgets
         self._given: dict[UUID, AdapterRef] = {}  # by revision
         self._expected: tuple[AdapterRef, ...] = ()
 
     def open(self, link: EngineLink) -> None:
         """From now on jobs go to `link`."""
         with self._lock:
-            self._link = link
-            self._given = {}
+            if link is not self._resting:  # a new one, which was given nothing
+                self._given = {}
+            self._link, self._resting = link, None
             if self._expected:
-                link.send(Upcoming(self._expected))
+                self._announce(link, self._expected)
         self.offer()
 
-    def close(self) -> None:
-        """From now on jobs wait. Kill a link that may be stuck before: a send in progress is waited for."""
+    def rest(self) -> None:
+        """From now on jobs wait. The engine stays for now, with what it was given."""
         with self._lock:
-            self._link = None
+            self._link, self._resting = None, self._link or self._resting
+
+    def close(self) -> None:
+        """The engine ends. Kill a link that may be stuck before: a send in progress is waited for."""
+        with self._lock:
+            self._link = self._resting = None
 
     def offer(self) -> None:
         """Send what may enter the engine now."""
@@ -46,21 +53,20 @@ class Feed:
                 return
             items, later = self._held.enter()
             if items:
-                adapters = (*(item.adapter for item in items if item.adapter is not None), *later)
-                self._given |= {adapter.revision: adapter for adapter in adapters}
+                self._note(item.adapter for item in items if item.adapter is not None)
                 self._link.add(items)
                 if later:
-                    self._link.send(Upcoming(_joined(later, self._expected)))
+                    self._announce(self._link, _joined(later, self._expected))
 
     def expect(self, adapters: tuple[AdapterRef, ...]) -> None:
         """Adapters of jobs that are likely to be assigned next, nearest first, in place of those named before."""
         with self._lock:
             self._expected = adapters
             if self._link is not None:
-                self._link.send(Upcoming(_joined(self._held.later(), adapters)))
+                self._announce(self._link, _joined(self._held.later(), adapters))
 
     def given(self) -> list[UUID]:
-        """The adapter revisions of which the engine may hold something."""
+        """The adapter revisions of which the engine may hold something: of its jobs, and those announced to it."""
         with self._lock:
             return list(self._given)
 
@@ -69,8 +75,10 @@ class Feed:
         with self._lock:
             held = self._held.revisions()
             gone = [self._given.pop(r) for r in revisions if r in self._given and r not in held]
-            if gone and self._link is not None:
-                self._link.send(Forget(tuple(gone)))
+            self._expected = tuple(adapter for adapter in self._expected if adapter not in gone)
+            link = self._link or self._resting
+            if gone and link is not None:
+                link.send(Forget(tuple(gone)))
             return len(gone)
 
     def send(self, message: ToEngine) -> None:
@@ -78,6 +86,13 @@ class Feed:
         with self._lock:
             if self._link is not None:
                 self._link.send(message)
+
+    def _announce(self, link: EngineLink, adapters: tuple[AdapterRef, ...]) -> None:
+        self._note(adapters)  # the engine reads them into the host's memory, whether their jobs come or not
+        link.send(Upcoming(adapters))
+
+    def _note(self, adapters: Iterable[AdapterRef]) -> None:
+        self._given |= {adapter.revision: adapter for adapter in adapters}
 
 
 def _joined(*parts: tuple[AdapterRef, ...]) -> tuple[AdapterRef, ...]:

@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 from uuid import UUID
 
-from medley.spec.wire import AdapterRef, JobKey, WorkItem
+from medley.spec.wire import AdapterRef, Batch, JobKey, WorkItem
 from medley_worker.shell.isolation import Suspect, limit_after_death, next_round
 from medley_worker.stops import StopWatch
 
@@ -38,10 +39,21 @@ class Held:
     is_running: bool = False  # named in a Running of the present engine
     is_releasing: bool = False  # the engine has been asked to give it back
     stops: StopWatch | None = None  # of the present engine's output; the engine link's thread alone uses it
+    tenant: UUID | None = None  # None: it ends without ever reaching the engine
 
     @property
     def revision(self) -> UUID | None:
         return None if self.item is None or self.item.adapter is None else self.item.adapter.revision
+
+
+class Share(NamedTuple):
+    """Jobs of one tenant for one adapter revision (None: the base): in rows, and waiting for one."""
+
+    tenant: UUID
+    revision: UUID | None
+    decoding: int
+    prefilling: int
+    waiting: int
 
 
 class HeldJobs:
@@ -78,6 +90,18 @@ class HeldJobs:
         """The adapter revisions of the jobs that are held."""
         with self._changed:
             return {held.revision for held in self._jobs.values() if held.revision is not None}
+
+    def composition(self, batch: Batch) -> list[Share]:
+        """Whose jobs are here, largest share first; `batch`: which of them the engine has in rows."""
+        found: dict[tuple[UUID, UUID | None], list[int]] = {}
+        decoding, prefilling = set(batch.decoding), set(batch.prefilling)
+        with self._changed:
+            for held in self._jobs.values():
+                if held.phase is not Phase.ENDING and held.tenant is not None:
+                    place = 0 if held.key in decoding else 1 if held.key in prefilling else 2
+                    found.setdefault((held.tenant, held.revision), [0, 0, 0])[place] += 1
+        shares = [Share(tenant, revision, *counts) for (tenant, revision), counts in found.items()]
+        return sorted(shares, key=lambda s: (-(s.decoding + s.prefilling), -s.waiting, s.tenant.bytes, str(s.revision)))
 
     def hold(self, jobs: Iterable[Held]) -> list[Held]:
         """Take jobs in; a job that is held already is left out. Returns those that were taken."""

@@ -148,7 +148,7 @@ class Preparation:
                     )
                 )
             else:
-                jobs.append(Held(ready.key, ready, job.step_limit))
+                jobs.append(Held(ready.key, ready, job.step_limit, tenant=job.tenant))
         return jobs, failures
 
     def _tokens(self, jobs: Sequence[Assigned], *, add_special_tokens: bool) -> dict[UUID, tuple[int, ...]]:

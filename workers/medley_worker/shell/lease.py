@@ -5,6 +5,7 @@ Knows neither jobs nor engines. A lease that has lapsed is lost for good; so is 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,13 @@ class Lease:
         self._is_given_up = False
 
     def give_up(self) -> None:
-        """The worker is about to leave: a renewal that finds the lease gone from now on has lost nothing."""
+        """The worker is about to leave: a renewal that finds the lease gone from now on has lost nothing.
+
+        Its last renewal is made here, so that its row holds all that it has done.
+        """
         self._is_given_up = True
+        with contextlib.suppress(*Unreachable, LeaseLost):
+            self._transactions.run(self._renew)
 
     def renew_soon(self) -> None:
         """Renew now rather than at the next turn: there is something to say, or perhaps to hear."""
@@ -90,4 +96,5 @@ class Lease:
             room=said.room,
             resident=said.resident,
             stats=said.stats,
+            batch=said.batch,
         )

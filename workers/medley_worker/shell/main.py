@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from uuid import UUID
 
@@ -30,10 +31,11 @@ from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
 from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.ahead import Ahead
-from medley_worker.shell.controller import Controller, EngineUseless
+from medley_worker.shell.controller import Controller
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import HeldJobs
 from medley_worker.shell.inbox import Inbox
+from medley_worker.shell.inquest import EngineUseless
 from medley_worker.shell.intake import Intake, Preparation
 from medley_worker.shell.lease import Lease
 from medley_worker.shell.messages import Messages
@@ -83,6 +85,8 @@ class Shell:
         )
         self._controller = controller = Controller(
             config=engine_config(settings, model_dir),
+            keeps_engine=settings.worker.keeps_engine,
+            warms_engine=settings.worker.sleep == "warm",
             worker=worker,
             transactions=transactions,
             held=held,
@@ -136,6 +140,7 @@ class Shell:
             room=Room(self._settings.worker.max_num_seqs),
             lease_s=self._settings.lease_s,
             desired=WorkerState.ASLEEP if self._settings.worker.starts_asleep else WorkerState.ACTIVE,
+            version=metadata.version("medley"),
         )
 
     def _arrive(self, ids: list[UUID]) -> None:
@@ -173,6 +178,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         max_tpot_ms=worker.max_tpot_ms,
         batch_invariant=worker.batch_invariant,
         tensor_parallel=worker.tensor_parallel,
+        sleeps=worker.keeps_engine,
     )
 
 

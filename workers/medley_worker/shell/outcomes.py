@@ -12,7 +12,19 @@ import msgspec
 from medley.db.ends import Result
 from medley.db.queue import Release
 from medley.spec.jobs import Details, FinishReason, JobState
-from medley.spec.wire import Abort, EngineStats, Finished, FromEngine, Progress, Ready, Released, Running
+from medley.spec.wire import (
+    Abort,
+    Asleep,
+    Awake,
+    Batch,
+    EngineStats,
+    Finished,
+    FromEngine,
+    Progress,
+    Ready,
+    Released,
+    Running,
+)
 from medley_worker.shell.feed import Feed
 from medley_worker.shell.held import Held, HeldJobs
 from medley_worker.shell.report import Report
@@ -42,6 +54,7 @@ class Outcomes:
         """Act on `messages`, in order as far as order matters (within one job)."""
         finished: list[Finished] = []
         released: list[Released] = []
+        batch: Batch | None = None
         for message in messages:
             match message:
                 case Finished():
@@ -54,12 +67,16 @@ class Outcomes:
                     released.append(message)
                 case EngineStats():
                     self._report.engine_says(message)
-                case Ready():
+                case Batch():
+                    batch = message
+                case Ready() | Asleep() | Awake():
                     pass  # of the engine, not of jobs: its controller hears it
         if finished:
             self._finish(finished)
         if released:
             self._release(released)
+        if batch is not None:
+            self._report.batch_is(self._held.composition(batch))
         if (finished or released) and self._held.has_waiting:
             self._feed.offer()
 

@@ -17,19 +17,19 @@ from sqlalchemy import Connection, Row
 from medley.api.auth import Caller, reads, submits
 from medley.api.bodies import read_whole
 from medley.api.decoding import Query, decode_body
-from medley.api.errors import Conflict, FaultList, NotFound
+from medley.api.errors import Conflict, FaultList, InvalidRequest, NotFound
 from medley.api.idempotency import REPLAYED, read_create
 from medley.api.openai.requests import ENDPOINTS
 from medley.api.openai.shapes import batch_of, page_of, status_of
 from medley.api.shapes import answer
 from medley.db import openai_batches
 from medley.db.batches import NewBatch, deadline_in, open_batch
-from medley.db.files import read_file
+from medley.db.files import BATCH_INPUT, read_file
 from medley.db.flags import cancel_batch
 from medley.db.quotas import check_queue_room
 from medley.rings import OPENAI_TASK
 from medley.spec.errors import Fault
-from medley.spec.ids import BATCH, FILE, parse_id, uuid7
+from medley.spec.ids import BATCH, FILE, parse_id, public_id, uuid7
 
 MAX_PAGE, PAGE = 100, 20
 MAX_WINDOW_H = 30 * 24
@@ -78,8 +78,12 @@ async def create(request: Request, who: Caller = Depends(submits)) -> Response:
 
 
 def _make(conn: Connection, who: Caller, batch: UUID, body: OpenAIBatchBody, window_s: int, file: UUID | None) -> None:
-    if file is None or read_file(conn, file) is None:
+    found = None if file is None else read_file(conn, file)
+    if file is None or found is None:
         raise NotFound("file", body.input_file_id)
+    if found.purpose != BATCH_INPUT:
+        wanted = f"a file of the purpose {BATCH_INPUT}"
+        raise InvalidRequest.of([Fault(field="input_file_id", got=f"one of {found.purpose}", wanted=wanted)])
     # How many jobs the file holds is known, and reserved, once it has been judged.
     check_queue_room(conn, who.tenant.id, who.tenant.quotas, num_jobs=1)
     deadline_at = deadline_in(conn, window_s)
@@ -93,6 +97,7 @@ def _make(conn: Connection, who: Caller, batch: UUID, body: OpenAIBatchBody, win
         output_expires_after_s=None if expires is None else expires.seconds,
     )
     openai_batches.create_openai_batch(conn, batch, who.tenant.id, new)
+    who.note(conn, "batch.create", public_id(BATCH, batch), file=body.input_file_id)
 
 
 def _judge(body: OpenAIBatchBody) -> int:

@@ -1,6 +1,6 @@
 """From jobs' results to what an answer shows: choices, usage, errors. The seam on the way out.
 
-Knows rows of `batches.read_answers` and `tokens`; what was asked stands in each row's `answer`.
+Knows rows of `results.read_answers` and `tokens`; what was asked stands in each row's `answer`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,13 @@ def usage_of(rows: Sequence[Row[Any]]) -> CompletionUsage:
     return CompletionUsage(prompt, completion, prompt + completion)
 
 
+def usage_before(rows: Sequence[Row[Any]]) -> CompletionUsage:
+    """The tokens of what a retry has superseded, counted in the same way."""
+    prompt = sum(row.earlier_prompt_tokens for row in rows if not row.sample_idx)
+    completion = sum(row.earlier_completion_tokens for row in rows)
+    return CompletionUsage(prompt, completion, prompt + completion)
+
+
 def completion_of(
     endpoint: str, rows: Sequence[Row[Any]], base_name: str, texts: TokenTexts
 ) -> TextCompletion | ChatCompletion:
@@ -110,7 +117,7 @@ def completion_of(
 
 
 # What of a job that failed lies in its request; the rest is the service's.
-_OF_REQUEST = {
+_OF_REQUEST: set[str] = {
     ErrorCode.PROMPT_TOO_LONG,
     ErrorCode.INVALID_TOKEN,
     ErrorCode.INVALID_GRAMMAR,
@@ -120,14 +127,15 @@ _OF_REQUEST = {
     ErrorCode.JOB_QUARANTINED,
 }
 # OpenAI's own words, where it has one.
-_CODES = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
+_CODES: dict[str, str] = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
 
 
 def failure_of(row: Row[Any]) -> tuple[int, OpenAIError]:
     """(status, error) of a job that failed: what an HTTP service would have said."""
-    code = ErrorCode(row.error_code)
-    status = 400 if code in _OF_REQUEST else 503 if code is ErrorCode.ADAPTER_UNAVAILABLE else 500
-    return status, error_of(status, _CODES.get(code, code.value), row.error_message or code.value)
+    # As it is stored: a newer worker may have a code that this process does not know.
+    code: str = row.error_code or "unknown"
+    status = 400 if code in _OF_REQUEST else 503 if code == ErrorCode.ADAPTER_UNAVAILABLE else 500
+    return status, error_of(status, _CODES.get(code, code), row.error_message or code)
 
 
 def group_by_request(rows: Sequence[Row[Any]]) -> Iterator[list[Row[Any]]]:

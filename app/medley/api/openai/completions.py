@@ -19,7 +19,7 @@ from medley.api.auth import Caller, submits
 from medley.api.bodies import read_whole
 from medley.api.decoding import Query
 from medley.api.errors import ApiError, Conflict, InvalidRequest, NotReady
-from medley.api.idempotency import Create, read_create
+from medley.api.idempotency import REPLAYED, Create, read_create
 from medley.api.openai.choices import completion_of, failure_of
 from medley.api.openai.errors import NO_RETRY
 from medley.api.openai.models import ModelNotFound, resolve_models
@@ -27,18 +27,11 @@ from medley.api.openai.requests import CHAT, COMPLETIONS, job_columns
 from medley.api.openai.requests import Request as ModelRequest
 from medley.api.openai.streaming import event_stream
 from medley.api.shapes import answer
-from medley.db.batches import (
-    HIGH,
-    NewBatch,
-    add_batch_demand,
-    append_columns,
-    deadline_in,
-    lanes_of,
-    open_batch,
-    read_answers,
-)
+from medley.db.batches import HIGH, NewBatch, deadline_in, open_batch
 from medley.db.flags import cancel_batch
+from medley.db.new_jobs import add_batch_demand, append_columns, lanes_of
 from medley.db.quotas import reserve
+from medley.db.results import read_answers
 from medley.spec.ids import uuid7
 from medley.spec.jobs import JobState
 
@@ -106,7 +99,7 @@ async def _answer(request: Request, who: Caller, endpoint: str) -> Response:
     found = await services.sql.call(lambda: completion_of(endpoint, rows, services.base_name, services.token_texts))
     if wanted.is_stream:
         return event_stream(found, with_usage=wanted.with_stream_usage)
-    return answer(found)
+    return answer(found, headers=REPLAYED if is_replay else None)
 
 
 def _make(conn: Connection, who: Caller, create: Create, wanted: ModelRequest) -> tuple[_Made, bool]:

@@ -93,8 +93,8 @@ async def upload(request: Request, who: Caller = Depends(submits)) -> Response:
             await _store(who, create, file, sent.source)
 
     def finish(conn: Connection) -> Row[Any] | None:
-        if is_new:
-            files.finish_file(conn, file.id)
+        if is_new and files.finish_file(conn, file.id):
+            who.note(conn, "file.upload", public_id(FILE, file.id), size_bytes=file.size_bytes)
         return files.read_file(conn, file.id)
 
     row = await services.sql.run(who.tenant.id, finish)

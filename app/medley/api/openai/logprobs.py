@@ -1,6 +1,6 @@
 """Log-probabilities as OpenAI's answers show them: from token ids and numbers to lists by text.
 
-Knows rows of `batches.read_answers` and `tokens`.
+Knows rows of `results.read_answers` and `tokens`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from medley.api.openai.bodies import MAX_JOBS, ChatBody, CompletionBody, not_ser
 from medley.api.openai.chat_template import ChatTemplate, TemplateRefuses, UnusableTemplate, template_messages
 from medley.api.openai.sampling import sampling_of
 from medley.config import Limits, Settings
-from medley.db.batches import JobColumns
+from medley.db.new_jobs import JobColumns
 from medley.spec.base_models import read_base_model
 from medley.spec.errors import Fault
 from medley.spec.sampling import MAX_TOKENS_LIMIT, sample_seed

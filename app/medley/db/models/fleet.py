@@ -1,4 +1,4 @@
-"""The fleet: what waits for it, what it has done for whom, its workers and its leaders."""
+"""The fleet: what waits for it, what it has done for whom, its workers, what operators did to them, its leaders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     SmallInteger,
@@ -58,7 +59,31 @@ workers = Table(
     count("num_tiles"),
     Column("resident", ARRAY(UUID), nullable=False, server_default=text("'{}'")),
     Column("stats", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("version", Text, nullable=False, server_default=text("''")),
+    Column("held_state", Text),
+    Column("held_by", Text),
+    Column("held_at", AT),
     Index("workers_pool", "pool", postgresql_where=text("state <> 'gone'")),
+)
+
+worker_batches = Table(
+    "worker_batches",
+    metadata,
+    Column("worker_id", UUID, ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True),
+    Column("batch", JSONB, nullable=False),
+    Column("at", AT, nullable=False, server_default=NOW),
+)
+
+fleet_log = Table(
+    "fleet_log",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("pool", Text, nullable=False),
+    Column("worker_id", UUID, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("operator", Text, nullable=False),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("at", AT, nullable=False, server_default=NOW),
 )
 
 leaders = Table(

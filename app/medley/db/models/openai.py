@@ -50,6 +50,7 @@ openai_batches = Table(
     Column("output_tokens", BigInteger),
     Column("output_file_id", UUID),
     Column("error_file_id", UUID),
+    Column("input_lost_at", AT),
     Index("openai_batches_tenant_id_id", "tenant_id", "id"),
     Index("openai_batches_due_at", "due_at", postgresql_where=text("due_at IS NOT NULL")),
     Index("openai_batches_running", "id", postgresql_where=text("state = 'in_progress' AND due_at IS NULL")),

@@ -25,6 +25,7 @@ from medley_worker.engine.sizing import DeviceMemory, EngineSizes, host_copy_byt
 from medley_worker.models import Decoder, KVCache, build_batch, load_model
 from medley_worker.ops.collectives import RankGroup
 from medley_worker.ops.lora import LoraBatch
+from medley_worker.ops.memory import new_memory
 
 MAX_SOURCES = 2048  # headers kept; one takes some 50 KB
 
@@ -73,6 +74,7 @@ class Follower:
         self._device = torch.device(rank_device(config, start.rank))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        self._memory = new_memory(self._device, sleeps=config.sleeps)
         self._decoder = load_model(
             config.model_dir,
             device=self._device,
@@ -81,13 +83,14 @@ class Follower:
             seed=config.seed,
             rank=start.rank,
             num_ranks=config.tensor_parallel,
+            memory=self._memory,
         )
 
     def meet(self) -> DeviceMemory | None:
         """Connect to the other ranks. What is left of the device's memory then."""
         start, size = self._start, self._config.tensor_parallel
         self._decoder.join(RankGroup(Path(start.meeting), start.rank, size, self._device))
-        return device_memory(self._device)
+        return device_memory(self._device, self._memory)
 
     def build(self, sizes: EngineSizes) -> None:
         """Allocate and warm up, as rank 0 does at the same time."""
@@ -95,9 +98,10 @@ class Follower:
         layout, copier = layout_for(decoder.config, self._device), new_copier(self._device)
         host_bytes = host_copy_bytes(config, free_host_bytes())
         self._loader = AdapterLoader(decoder.shard, layout, decoder.dtype, copier, host_bytes)
-        self._memory = AdapterMemory(
+        self._adapters = AdapterMemory(
             layout,
             copier,
+            memory=self._memory,
             num_tiles=sizes.num_tiles,
             dtype=decoder.dtype,
             max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,
@@ -106,7 +110,7 @@ class Follower:
         self._sources: dict[int, AdapterSource] = {}  # the reading thread's
         self._fetched: dict[int, tuple[AdapterSource, PackedAdapter]] = {}
         self._keys: dict[int, AdapterKey] = {}  # by load_id
-        kv = decoder.new_kv_cache(sizes.num_pages)
+        kv = decoder.new_kv_cache(sizes.num_pages, memory=self._memory)
         self._passes = self._new_passes(kv, sizes)
 
     def _new_passes(self, kv: KVCache, sizes: EngineSizes) -> Passes:
@@ -117,6 +121,7 @@ class Follower:
         return CudaFollowerPasses(
             self._decoder,
             kv,
+            self._adapters,
             self._memory,
             num_rows=sizes.max_num_seqs,
             max_row_pages=-(-sizes.max_model_len // sizes.page_size),
@@ -140,7 +145,7 @@ class Follower:
     def set_line(self, message: Line) -> None:
         """Start to read what comes next."""
         wanted = [Wanted(_key(number), Path(path), self._sources.get(number)) for number, path in message.adapters]
-        self._loader.set_line([item for item in wanted if item.key not in self._memory])
+        self._loader.set_line([item for item in wanted if item.key not in self._adapters])
 
     def unfetch(self, number: int) -> None:
         fetched = self._fetched.pop(number, None)
@@ -150,14 +155,14 @@ class Follower:
     def place(self, message: Place) -> None:
         key = _key(message.number)
         source, packed = self._fetched.pop(message.number)
-        self._memory.place(key, message.load_id, source, message.tiles, packed)
+        self._adapters.place(key, message.load_id, source, message.tiles, packed)
         self._loader.put_back(key, packed)
         self._keys[message.load_id] = key
 
     def vacate(self, message: Vacate) -> None:
         key = _key(message.number)
-        del self._keys[self._memory[key].load_id]
-        self._memory.release(key)
+        del self._keys[self._adapters[key].load_id]
+        self._adapters.release(key)
 
     def drop(self, message: Drop) -> None:
         self._loader.drop(_key(message.number))
@@ -166,7 +171,7 @@ class Follower:
     def run(self, message: Pass) -> None:
         arrays = PassArrays.of(message)
         keys = self._keys_of(message.load_ids)
-        lora = self._memory.lora_batch(keys, arrays.num_new.tolist(), begins_step=message.begins_step)
+        lora = self._adapters.lora_batch(keys, arrays.num_new.tolist(), begins_step=message.begins_step)
         self._passes.run(message.num_decode_rows, arrays, lora)
 
     def _keys_of(self, load_ids: Sequence[int | None]) -> list[AdapterKey | None]:
