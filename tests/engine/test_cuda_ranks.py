@@ -120,7 +120,7 @@ class ThreadFollowers(Followers):
         match message:
             case Build(sizes=sizes):
                 follower.build(sizes)
-                self._answers.put(Built())
+                self._answers.put(Built(can_sleep=False, device_bytes=0))
             case Fetch():
                 self._answers.put(follower.fetch(message))
             case Pass():

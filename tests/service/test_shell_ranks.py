@@ -1,4 +1,4 @@
-"""A worker whose model two processes share: the same answers, one report, and jobs that outlive a killed rank."""
+"""A worker whose model two processes share: the same answers, one report, sleep, and a killed rank that costs none."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psutil
 import pytest
 from shells import ShellProcess, Site
 
+from medley.db.workers import WorkerState
 from medley.demo import ADAPTERS_DIR, MODEL_DIR
 from medley.spec.adapters import CONFIG_NAME, WEIGHTS_NAME
 
@@ -25,10 +26,9 @@ def site(module_database: Any, embedded: Any, tmp_path_factory: pytest.TempPathF
     site.close()
 
 
-def start(site: Site, num_ranks: int) -> ShellProcess:
-    return site.start_shell(
-        MEDLEY_TENSOR_PARALLEL=str(num_ranks), MEDLEY_LOAD_FORMAT="safetensors", MEDLEY_LEASE_S="20"
-    )
+def start(site: Site, num_ranks: int, **environ: str) -> ShellProcess:
+    given = {"MEDLEY_LOAD_FORMAT": "safetensors", "MEDLEY_LEASE_S": "20"} | environ
+    return site.start_shell(MEDLEY_TENSOR_PARALLEL=str(num_ranks), **given)
 
 
 def rank_of(shell: ShellProcess) -> int:
@@ -70,3 +70,22 @@ def test_the_demos_answers_are_those_of_one_process_and_a_killed_rank_costs_none
     assert [row.token_ids for row in alone] == [row.token_ids for row in rows]
     for one, two in zip(alone, rows, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+def test_a_rank_that_dies_while_the_worker_sleeps_costs_an_engine_and_no_answer(site: Site) -> None:
+    jobs = [{"prompt": f"planet{i}=", "max_tokens": 20} for i in range(3)]
+    shell = start(site, 2, MEDLEY_SLEEP="host")
+    before = [row.token_ids for row in site.run(shell, *jobs)]
+    engine = shell.engine_pid()
+    for num_engines in (1, 2):
+        site.desire(shell, WorkerState.ASLEEP)
+        site.wait_state(shell, "asleep")
+        if num_engines == 2:
+            os.kill(rank_of(shell), signal.SIGKILL)
+            site.wait_until("its end", lambda: "engine.died" in shell.log())
+            assert "rank 1 was ended by signal 9" in shell.log()
+        site.desire(shell, WorkerState.ACTIVE)
+        site.wait_state(shell, "active")
+        assert [row.token_ids for row in site.run(shell, *jobs)] == before
+        assert shell.log().count("engine.started") == num_engines
+        assert (shell.engine_pid() == engine) is (num_engines == 1)

@@ -19,6 +19,7 @@ from medley_worker.engine.forward import Forward, NullForward
 from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
 from medley_worker.engine.parallel.followers import Followers, rank_device
+from medley_worker.engine.parallel.memory import RanksMemory
 from medley_worker.engine.residency import CachedResidency
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.runner import ModelForward
@@ -31,7 +32,7 @@ from medley_worker.models.sharding import shard_of
 from medley_worker.ops.collectives import RankGroup
 from medley_worker.ops.device_usage import DeviceUsage
 from medley_worker.ops.lora_stage import TILE_RANKS
-from medley_worker.ops.memory import Memory, new_memory
+from medley_worker.ops.memory import Memory, Sleeper, new_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,8 +49,8 @@ class Parts:
     scheduler: Scheduler
     forward: Forward
     pace: Pace | None
-    memory: Memory
-    usage: DeviceUsage
+    memory: Sleeper  # of all ranks
+    usage: DeviceUsage  # of this rank
     ranks: Ranks | None  # where the model is shared
 
 
@@ -166,7 +167,8 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
     if followers is not None:
         followers.await_built()
     usage.settle(memory)
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, memory, usage, ranks)
+    sleeper = memory if followers is None else RanksMemory(memory, followers)
+    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, sleeper, usage, ranks)
 
 
 def _meet(followers: Followers, decoder: Decoder) -> Ranks:

@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether `sleep` gives the device's memory back: asked for by `sleeps`, and possible on this device."""
+        """Whether `sleep` gives the devices' memory back: asked for by `sleeps`, and possible on each of them."""
         return self._parts.memory.can_sleep
 
     @property
@@ -139,8 +139,9 @@ class Engine:
 
     @property
     def device_bytes(self) -> int:
-        """Of the device's memory that this process holds now; 0 on a CPU."""
-        return self._parts.usage.num_bytes
+        """Of the memory of all its devices, held by its processes now; 0 on a CPU."""
+        ranks = self._parts.ranks
+        return self._parts.usage.num_bytes + (0 if ranks is None else ranks.followers.device_bytes)
 
     @property
     def has_work(self) -> bool:
@@ -297,7 +298,7 @@ class Engine:
         return released
 
     def sleep(self) -> None:
-        """Give the device's memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
+        """Give the devices' memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
 
         Addresses stay, and with them what was captured. Raises RuntimeError with requests in flight, where `can_sleep`
         is false, or, as OSError too, where the host has no room for the weights; the engine stays awake then.
@@ -313,9 +314,10 @@ class Engine:
         self._is_asleep = True
 
     def wake(self) -> None:
-        """Have the memory again, with the weights in it, at the same addresses.
+        """Have the memory again, with the weights in it, at the same addresses, on every rank.
 
-        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        Raises RuntimeError where a device has not that much any more, none is taken then and it may be tried again;
+        RankDied.
         """
         if self._is_asleep:
             self._parts.memory.wake()
@@ -362,7 +364,7 @@ class Engine:
             num_pages=parts.pages.num_pages,
             tiles_used=residency.tiles_used,
             num_tiles=residency.num_tiles,
-            device_bytes=parts.usage.num_bytes,
+            device_bytes=self.device_bytes,
             resident=residency.revisions,
             num_devices=self.config.tensor_parallel,
         )

@@ -58,7 +58,7 @@ from medley.spec.wire import (
 )
 from medley_worker.engine.engine import Engine
 from medley_worker.engine.outbox import Outbox
-from medley_worker.engine.parallel.followers import end_process
+from medley_worker.engine.parallel.followers import end_process, rank_device
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
@@ -129,9 +129,11 @@ class Service:
         self._send(self._stats())
 
     def _stats(self) -> EngineStats:
-        if self._engine.config.device == "cpu":
+        config = self._engine.config
+        if config.device == "cpu":
             return self._engine.stats()
-        total = torch.cuda.get_device_properties(self._engine.config.device).total_memory
+        devices = [rank_device(config, rank) for rank in range(config.tensor_parallel)]
+        total = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
         return msgspec.structs.replace(self._engine.stats(), device_total_bytes=total)
 
     def _batch(self) -> list[Batch]:

@@ -5,7 +5,7 @@ It decides nothing and sees no token: rows come to it embedded, and what its lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,11 +19,25 @@ from medley_worker.engine.assembly import DTYPES, device_memory, free_host_bytes
 from medley_worker.engine.copies import new_copier
 from medley_worker.engine.host_tiles import PackedAdapter
 from medley_worker.engine.parallel.followers import rank_device
-from medley_worker.engine.parallel.messages import Drop, Fetch, Fetched, Line, Pass, PassArrays, Place, Start, Vacate
+from medley_worker.engine.parallel.messages import (
+    Built,
+    Drop,
+    Fetch,
+    Fetched,
+    Line,
+    Pass,
+    PassArrays,
+    Place,
+    Slept,
+    Start,
+    Vacate,
+    Woken,
+)
 from medley_worker.engine.sequences import AdapterKey
 from medley_worker.engine.sizing import DeviceMemory, EngineSizes, host_copy_bytes
 from medley_worker.models import Decoder, KVCache, build_batch, load_model
 from medley_worker.ops.collectives import RankGroup
+from medley_worker.ops.device_usage import DeviceUsage
 from medley_worker.ops.lora import LoraBatch
 from medley_worker.ops.memory import new_memory
 
@@ -72,6 +86,8 @@ class Follower:
         config = self._config = start.config
         self._start = start
         self._device = torch.device(rank_device(config, start.rank))
+        self._usage = DeviceUsage(self._device)  # first of all
+        self._is_asleep = False
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         self._memory = new_memory(self._device, sleeps=config.sleeps)
@@ -92,7 +108,7 @@ class Follower:
         self._decoder.join(RankGroup(Path(start.meeting), start.rank, size, self._device))
         return device_memory(self._device, self._memory)
 
-    def build(self, sizes: EngineSizes) -> None:
+    def build(self, sizes: EngineSizes) -> Built:
         """Allocate and warm up, as rank 0 does at the same time."""
         config, decoder = self._config, self._decoder
         layout, copier = layout_for(decoder.config, self._device), new_copier(self._device)
@@ -112,6 +128,8 @@ class Follower:
         self._keys: dict[int, AdapterKey] = {}  # by load_id
         kv = decoder.new_kv_cache(sizes.num_pages, memory=self._memory)
         self._passes = self._new_passes(kv, sizes)
+        self._usage.settle(self._memory)
+        return Built(self._memory.can_sleep, self._usage.num_bytes)
 
     def _new_passes(self, kv: KVCache, sizes: EngineSizes) -> Passes:
         if self._device.type != "cuda":
@@ -166,6 +184,29 @@ class Follower:
 
     def drop(self, message: Drop) -> None:
         self._loader.drop(_key(message.number))
+
+    def sleep(self) -> Slept:
+        """Give the device's memory back, which adapters have left. Graphs stay, and the ranks' group in them."""
+        error: str | None = None
+        if not self._is_asleep:
+            self._adapters.forget_reads()
+            error = self._failure_of(self._memory.sleep)
+            self._is_asleep = error is None
+        return Slept(error, self._usage.num_bytes)
+
+    def wake(self) -> Woken:
+        error: str | None = None
+        if self._is_asleep:
+            error = self._failure_of(self._memory.wake)
+            self._is_asleep = error is not None
+        return Woken(error, self._usage.num_bytes)
+
+    def _failure_of(self, change: Callable[[], None]) -> str | None:
+        try:
+            change()
+        except (RuntimeError, OSError, MemoryError) as error:
+            return f"{error} (rank {self._start.rank})"
+        return None
 
     @torch.inference_mode()
     def run(self, message: Pass) -> None:

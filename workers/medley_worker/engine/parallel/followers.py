@@ -40,11 +40,15 @@ from medley_worker.engine.parallel.messages import (
     Met,
     Pass,
     Place,
+    Sleep,
+    Slept,
     Start,
     Stop,
     ToRank,
     Unfetch,
     Vacate,
+    Wake,
+    Woken,
     encode,
     from_rank_decoder,
 )
@@ -145,6 +149,8 @@ class Followers:
         self._group: RankGroup | None = None
         self._failures: dict[int, str] = {}
         self._line: Sequence[tuple[int, Path]] = ()
+        self._device_bytes: dict[int, int] = {}
+        self.can_sleep = False  # once they are built
         atexit.register(self.close)
         self._ranks = [
             _Rank(Start(config, rank, str(self.meeting)), self._ended) for rank in range(1, config.tensor_parallel)
@@ -165,7 +171,37 @@ class Followers:
         self._send(Build(sizes))
 
     def await_built(self) -> None:
-        self._expect(Built)
+        built = self._expect(Built)
+        self.can_sleep = all(reply.can_sleep for reply in built)
+        self._note_memory(built)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the other ranks' devices, held by their processes when they last changed it; 0 on a CPU."""
+        return sum(self._device_bytes.values())
+
+    def sleep(self) -> str | None:
+        """Have each give its memory back, one after another; or why one could not, and those after it were not asked.
+
+        Those that sleep are left so. Raises RankDied.
+        """
+        for rank in self._ranks:
+            rank.send(Sleep())
+            reply = self._answer_of(rank, Slept)
+            self._device_bytes[rank.rank] = reply.device_bytes
+            if reply.error is not None:
+                return reply.error
+        return None
+
+    def begin_wake(self) -> None:
+        """Have all of them wake; `await_woken` is the answer."""
+        self._send(Wake())
+
+    def await_woken(self) -> str | None:
+        """Wait until all are awake; or why one is not. Raises RankDied."""
+        replies = self._expect(Woken)
+        self._note_memory(replies)
+        return next((reply.error for reply in replies if reply.error is not None), None)
 
     def run(
         self,
@@ -250,16 +286,21 @@ class Followers:
 
     def _expect(self, kind: type[Reply]) -> list[Reply]:
         """The next reply of each rank."""
-        replies: list[Reply] = []
-        for rank in self._ranks:
-            reply = rank.replies.get()
-            if reply is None or isinstance(reply, Failed):
-                rank.has_ended.wait(STOP_S)
-                reason = rank.reason or f"rank {rank.rank} has ended; its last lines say why"
-                raise RankDied(self.death or reason) if reply is None else ValueError(reason)
-            assert isinstance(reply, kind), f"got {type(reply).__name__}, wanted {kind.__name__}"
-            replies.append(reply)
-        return replies
+        return [self._answer_of(rank, kind) for rank in self._ranks]
+
+    def _answer_of(self, rank: _Rank, kind: type[Reply]) -> Reply:
+        reply = rank.replies.get()
+        if reply is None or isinstance(reply, Failed):
+            rank.replies.put(None)  # whoever asks again hears the same
+            rank.has_ended.wait(STOP_S)
+            reason = rank.reason or f"rank {rank.rank} has ended; its last lines say why"
+            raise RankDied(self.death or reason) if reply is None else ValueError(reason)
+        assert isinstance(reply, kind), f"got {type(reply).__name__}, wanted {kind.__name__}"
+        return reply
+
+    def _note_memory(self, replies: Sequence[Built | Woken]) -> None:
+        for rank, reply in zip(self._ranks, replies, strict=True):
+            self._device_bytes[rank.rank] = reply.device_bytes
 
     def _ended(self, rank: int, reason: str) -> None:
         """On the rank's thread."""

@@ -85,11 +85,19 @@ class Pass(msgspec.Struct, frozen=True, tag=True):
     begins_step: bool
 
 
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Give the device's memory back, in which no adapter lies; answered by `Slept`. To one that sleeps: answer only."""
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Have the memory again; answered by `Woken`. To one that is awake: answer only."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToRank = Start | Build | Fetch | Unfetch | Place | Vacate | Drop | Line | Pass | Stop
+ToRank = Start | Build | Fetch | Unfetch | Place | Vacate | Drop | Line | Pass | Sleep | Wake | Stop
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -103,7 +111,10 @@ class Met(msgspec.Struct, frozen=True, tag=True):
 
 
 class Built(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """device_bytes: of the rank's device, held by its process; 0 on a CPU."""
+
+    can_sleep: bool
+    device_bytes: int
 
 
 class Fetched(msgspec.Struct, frozen=True, tag=True):
@@ -113,13 +124,27 @@ class Fetched(msgspec.Struct, frozen=True, tag=True):
     error: str | None
 
 
+class Slept(msgspec.Struct, frozen=True, tag=True):
+    """error: why this rank keeps its memory. device_bytes: that its process holds now."""
+
+    error: str | None
+    device_bytes: int
+
+
+class Woken(msgspec.Struct, frozen=True, tag=True):
+    """error: why this rank has no memory. device_bytes: that its process holds now."""
+
+    error: str | None
+    device_bytes: int
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The rank could not be built, and ends."""
 
     reason: str
 
 
-FromRank = Loaded | Met | Built | Fetched | Failed
+FromRank = Loaded | Met | Built | Fetched | Slept | Woken | Failed
 
 to_rank_decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 from_rank_decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)

@@ -20,7 +20,6 @@ from medley.spec.wire import FrameReader
 from medley_worker.engine.parallel.follower import Follower
 from medley_worker.engine.parallel.messages import (
     Build,
-    Built,
     Drop,
     Failed,
     Fetch,
@@ -30,11 +29,13 @@ from medley_worker.engine.parallel.messages import (
     Met,
     Pass,
     Place,
+    Sleep,
     Start,
     Stop,
     ToRank,
     Unfetch,
     Vacate,
+    Wake,
     encode,
     to_rank_decoder,
 )
@@ -69,12 +70,12 @@ class RankLoop:
             if isinstance(build, Stop):
                 return 0
             assert isinstance(build, Build), "sizes come before work"
-            follower.build(build.sizes)
+            built = follower.build(build.sizes)
         except (ValueError, OSError, RuntimeError) as error:
             self._send(Failed(f"{type(error).__name__}: {error}"))
             return _UNBUILDABLE
         self._follower = follower
-        self._send(Built())
+        self._send(built)
         self._follow(follower)
         return 0
 
@@ -91,6 +92,10 @@ class RankLoop:
                     follower.drop(message)
                 case Unfetch(number=number):
                     follower.unfetch(number)
+                case Sleep():
+                    self._send(follower.sleep())
+                case Wake():
+                    self._send(follower.wake())
                 case Stop():
                     return
                 case message:
