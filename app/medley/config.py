@@ -258,6 +258,12 @@ def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
     return read.choice("MEDLEY_LOG_FORMAT", "line", LOG_FORMATS)
 
 
+def device_from_env(environ: Mapping[str, str]) -> tuple[str, int]:
+    """MEDLEY_DEVICE and MEDLEY_TENSOR_PARALLEL alone: where a worker computes, and on how many devices."""
+    worker = _worker(_Reader(environ))
+    return worker.device, worker.tensor_parallel
+
+
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment a supervisor hands to its children: its own, less the keys that it sets itself.
 

@@ -10,6 +10,7 @@ from medley.config import DEFAULT_DATA_DIR
 from medley.local.binaries import EmbeddedServersUnavailable
 from medley.local.datadir import DataDirInUse
 from medley.local.deployment import UpOptions, run
+from medley.local.gpus import TooFewGpus
 from medley.local.lines import LineLog
 from medley.local.supervisor import ChildFailed, Stopped
 
@@ -17,7 +18,13 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "assets" / "model"
 
 
 @click.command()
-@click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Workers to start.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Workers to start, each on a GPU of its own.",
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -39,7 +46,7 @@ DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "assets" / "model"
     "--tensor-parallel",
     type=click.IntRange(1),
     default=None,
-    help="GPUs of this machine that share one worker's model.  [default: MEDLEY_TENSOR_PARALLEL, else 1]",
+    help="GPUs that share one worker's model, each worker's its own.  [default: MEDLEY_TENSOR_PARALLEL, else 1]",
 )
 @click.option("--json", "as_json", is_flag=True, help="The log as JSON, an object a line.")
 def up(
@@ -79,5 +86,5 @@ def up(
         run(options, LineLog(as_json=as_json))
     except Stopped:
         pass  # asked to stop before it was ready
-    except (DataDirInUse, EmbeddedServersUnavailable, ChildFailed, OSError) as error:
+    except (DataDirInUse, EmbeddedServersUnavailable, ChildFailed, TooFewGpus, OSError) as error:
         raise click.ClickException(str(error)) from error
