@@ -118,8 +118,8 @@ class ThreadFollowers(Followers):
 
     def _take(self, follower: Follower, message: ToRank) -> None:
         match message:
-            case Build(sizes=sizes):
-                follower.build(sizes)
+            case Build(sizes=sizes, host_bytes=host_bytes):
+                follower.build(sizes, host_bytes)
                 self._answers.put(Built(can_sleep=False, device_bytes=0))
             case Fetch():
                 self._answers.put(follower.fetch(message))

@@ -21,6 +21,7 @@ from medley.spec.base_models import read_base_model
 from medley.spec.wire import AdapterRef, Add, EngineConfig, Finished, Ready, Running
 from medley_worker import Completion, Engine, Request, SamplingParams
 from medley_worker.engine.adapters import AdapterCache, AdapterUnavailable
+from medley_worker.engine.parallel import followers as followers_module
 from medley_worker.engine.parallel.followers import Followers, RankDied
 from medley_worker.models import load_model
 from medley_worker.models.sharding import shard_of
@@ -120,10 +121,11 @@ def test_draws_scores_and_alternatives_are_those_of_one_process(
     shared.close()
 
 
-def test_an_update_depends_on_no_neighbour(tiny_model: Path, tiny_adapters: dict[str, Path]) -> None:
-    """Two ranks' sums have one order, so in float32 on CPU a row is bit-equal alone and in company."""
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_rows_bits_depend_on_no_neighbour(num_ranks: int, tiny_model: Path, tiny_adapters: dict[str, Path]) -> None:
+    """Sums have one order, whatever else is in them: in float32 on CPU a row is bit-equal alone and in company."""
     requests = mixed_requests(tiny_adapters)[:9]
-    engine = load(tiny_model, tiny_adapters, 2, adapter_slots=4)
+    engine = load(tiny_model, tiny_adapters, num_ranks, adapter_slots=4)
     together = engine.generate(requests)
     alone = [engine.generate([request])[0] for request in requests]
     engine.close()
@@ -321,6 +323,18 @@ def test_ranks_die_with_their_engine_process(shell: Shell) -> None:
     shell.process.kill()
     shell.process.wait(DEADLINE_S)
     wait_until(lambda: not psutil.pid_exists(rank) or not _command(psutil.Process(rank)), "the rank has ended")
+
+
+def test_a_frozen_rank_is_a_dead_one_before_long(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followers_module, "BEAT_S", 2.5)
+    engine = load(tiny_model, {}, 2)
+    for i in range(4):
+        engine.add_request(i, Request(tiny.prompt(6), None, SamplingParams(max_tokens=80, ignore_eos=True)))
+    engine.step()
+    os.kill(pids_of(engine)[0], signal.SIGSTOP)
+    with pytest.raises(RankDied, match="rank 1 said nothing for 15 s"):
+        step_on(engine)
+    engine.close()
 
 
 def test_a_frozen_rank_is_ended_when_the_engine_is_closed(tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from medley_worker.engine.adapters import AdapterCache
 from medley_worker.engine.forward import Forward, NullForward
 from medley_worker.engine.pacing import Pace
 from medley_worker.engine.pages import PagePool
-from medley_worker.engine.parallel.followers import Followers, rank_device
+from medley_worker.engine.parallel.followers import Followers, RankDied, rank_device
 from medley_worker.engine.parallel.memory import RanksMemory
 from medley_worker.engine.residency import CachedResidency
 from medley_worker.engine.rows import RowTable
@@ -139,14 +139,15 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
     part = model if decoder is None else decoder.config
     ranks = None if followers is None or decoder is None else _meet(followers, decoder)
     sizes = size_engine(config, part, _shape(part, dtype, device), _least_memory(device, memory, ranks))
+    host_bytes = host_copy_bytes(config, free_host_bytes())
     if followers is not None:
-        followers.build(sizes)
+        followers.build(sizes, host_bytes)
     cache = AdapterCache(
         model,
         num_tiles=sizes.num_tiles,
         dtype=dtype,
         device=device,
-        host_bytes=host_copy_bytes(config, free_host_bytes()),
+        host_bytes=host_bytes,
         max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,  # decode rows are padded to a bucket
         max_adapters=sizes.max_num_seqs,
         shard=None if decoder is None else decoder.shard,
@@ -172,9 +173,17 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
 
 
 def _meet(followers: Followers, decoder: Decoder) -> Ranks:
-    """Connect all ranks, whose weights are loaded."""
+    """Connect all ranks, whose weights are loaded. Raises RankDied, OSError where they cannot reach each other."""
     followers.await_loaded()
-    group = RankGroup(followers.meeting, 0, decoder.shard.size, decoder.device)
+    try:
+        with followers.watched():
+            group = RankGroup(followers.meeting, 0, decoder.shard.size, decoder.device)
+    except RankDied:
+        raise
+    except RuntimeError as error:
+        raise OSError(
+            f"tensor_parallel: the model's {decoder.shard.size} ranks cannot be connected: {error}"
+        ) from error
     decoder.join(group)
     return Ranks(followers, group)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 # Ranks meet once their weights are loaded; after that each waits for the others' hosts, never for work to come.
 TIMEOUT = timedelta(minutes=10)
@@ -46,13 +47,14 @@ class Alone:
 class RankGroup:
     """`Collectives` over the processes that give the same `meeting`, a file that is not there yet in a private folder.
 
-    Building it waits for all of them. Two ranks' sums are the same bits in any order; of more ranks, NCCL's order of
-    adding may differ with the place in the tensor.
+    Building it waits for all of them. A sum's bits depend on its terms alone: of two ranks any order gives the same, of
+    more they are added in the order of the ranks, in float32, where NCCL and gloo would take another order at another
+    place in the tensor.
     """
 
     def __init__(self, meeting: Path, rank: int, size: int, device: torch.device) -> None:
         store: Any = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
-        self._device = device
+        self._device, self._size = device, size
         backend: Any
         if device.type == "cuda":
             # All ranks are on this host: nothing listens on an address that others reach.
@@ -72,12 +74,25 @@ class RankGroup:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
         # Not asynchronous: NCCL's kernel runs on the current stream, between its neighbours there.
         self._sum, self._from_first = dist.AllreduceOptions(), dist.BroadcastOptions()
-        self._sum.asyncOp = self._from_first.asyncOp = False
+        self._gather = AllgatherOptions()
+        self._sum.asyncOp = self._from_first.asyncOp = self._gather.asyncOp = False
         self._from_first.rootRank = 0
         self._connect()
 
     def add(self, x: Tensor) -> None:
-        _wait(self._backend.allreduce([x], self._sum))
+        if self._size > 2:
+            self._add_in_order(x)
+        else:
+            _wait(self._backend.allreduce([x], self._sum))
+
+    def _add_in_order(self, x: Tensor) -> None:
+        parts = x.new_empty((self._size * len(x), *x.shape[1:]))
+        _wait(self._backend._allgather_base(parts, x, self._gather))
+        first, *others = parts.chunk(self._size)
+        total = first.to(torch.float32, copy=True)
+        for part in others:
+            total += part
+        x.copy_(total)
 
     def spread(self, x: Tensor) -> None:
         _wait(self._backend.broadcast([x], self._from_first))

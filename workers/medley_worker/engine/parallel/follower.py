@@ -15,7 +15,7 @@ import torch
 from medley_worker.engine.adapter_files import AdapterSource, AdapterUnavailable
 from medley_worker.engine.adapter_loader import AdapterLoader, Wanted
 from medley_worker.engine.adapter_memory import AdapterMemory, layout_for
-from medley_worker.engine.assembly import DTYPES, device_memory, free_host_bytes
+from medley_worker.engine.assembly import DTYPES, device_memory
 from medley_worker.engine.copies import new_copier
 from medley_worker.engine.host_tiles import PackedAdapter
 from medley_worker.engine.parallel.followers import rank_device
@@ -34,7 +34,7 @@ from medley_worker.engine.parallel.messages import (
     Woken,
 )
 from medley_worker.engine.sequences import AdapterKey
-from medley_worker.engine.sizing import DeviceMemory, EngineSizes, host_copy_bytes
+from medley_worker.engine.sizing import DeviceMemory, EngineSizes
 from medley_worker.models import Decoder, KVCache, build_batch, load_model
 from medley_worker.ops.collectives import RankGroup
 from medley_worker.ops.device_usage import DeviceUsage
@@ -108,11 +108,10 @@ class Follower:
         self._decoder.join(RankGroup(Path(start.meeting), start.rank, size, self._device))
         return device_memory(self._device, self._memory)
 
-    def build(self, sizes: EngineSizes) -> Built:
+    def build(self, sizes: EngineSizes, host_bytes: int) -> Built:
         """Allocate and warm up, as rank 0 does at the same time."""
-        config, decoder = self._config, self._decoder
+        decoder = self._decoder
         layout, copier = layout_for(decoder.config, self._device), new_copier(self._device)
-        host_bytes = host_copy_bytes(config, free_host_bytes())
         self._loader = AdapterLoader(decoder.shard, layout, decoder.dtype, copier, host_bytes)
         self._adapters = AdapterMemory(
             layout,
@@ -123,7 +122,7 @@ class Follower:
             max_tokens=sizes.max_num_batched_tokens + sizes.max_num_seqs,
             max_adapters=sizes.max_num_seqs,
         )
-        self._sources: dict[int, AdapterSource] = {}  # the reading thread's
+        self._sources: dict[int, AdapterSource] = {}  # filled by the reading thread
         self._fetched: dict[int, tuple[AdapterSource, PackedAdapter]] = {}
         self._keys: dict[int, AdapterKey] = {}  # by load_id
         kv = decoder.new_kv_cache(sizes.num_pages, memory=self._memory)
@@ -184,6 +183,7 @@ class Follower:
 
     def drop(self, message: Drop) -> None:
         self._loader.drop(_key(message.number))
+        self._sources.pop(message.number, None)  # no `fetch` names it any more
 
     def sleep(self) -> Slept:
         """Give the device's memory back, which adapters have left. Graphs stay, and the ranks' group in them."""

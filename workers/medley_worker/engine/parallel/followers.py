@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import queue
+import select
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,7 @@ import numpy.typing as npt
 
 from medley.spec.wire import EngineConfig, FrameReader
 from medley_worker.engine.parallel.messages import (
+    Alive,
     Build,
     Built,
     Drop,
@@ -59,6 +61,9 @@ STOP_S = 5.0  # for a rank to end by itself
 _RECEIVE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 4 << 20  # a pass of many rows and pages does not wait for its reader
 _EXIT_S = 2.0  # from a rank's last word to its end
+# A rank says something each second once it has imported all it needs. One that is frozen says nothing more.
+START_S = 600.0
+BEAT_S, MAX_MISSED = 10.0, 6  # in pieces, since a machine that stood still as a whole is no frozen rank
 
 Reply = TypeVar("Reply", bound=FromRank)
 
@@ -114,13 +119,28 @@ class _Rank:
 
     def _read(self) -> None:
         reader = FrameReader()
+        has_spoken = False
         with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
-            while data := self._socket.recv(_RECEIVE_BYTES):
+            while self._is_heard(has_spoken) and (data := self._socket.recv(_RECEIVE_BYTES)):
+                has_spoken = True
                 for body in reader.feed(data):
                     reply = from_rank_decoder.decode(body)
+                    if isinstance(reply, Alive):
+                        continue
                     if isinstance(reply, Failed):
                         self.reason = f"rank {self.rank}: {reply.reason}"
                     self.replies.put(reply)
+
+    def _is_heard(self, has_spoken: bool) -> bool:
+        """Wait until there is something to read, its end too; not for ever."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        timeouts = [BEAT_S] * MAX_MISSED if has_spoken else [START_S]
+        if any(poll.poll(timeout * 1e3) for timeout in timeouts):
+            return True
+        self.reason = f"rank {self.rank} said nothing for {sum(timeouts):g} s"
+        self.kill()
+        return False
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:
@@ -129,7 +149,10 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
         status = process.wait(_EXIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        status = process.wait()
+        try:
+            status = process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            return "does not end"
     return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
@@ -166,9 +189,9 @@ class Followers:
         self._group = group
         return [reply.memory for reply in self._expect(Met) if reply.memory is not None]
 
-    def build(self, sizes: EngineSizes) -> None:
-        """Every rank builds while rank 0 does: they compute together when they warm up."""
-        self._send(Build(sizes))
+    def build(self, sizes: EngineSizes, host_bytes: int) -> None:
+        """Every rank builds while rank 0 does: they compute together when they warm up. Arguments as of `Build`."""
+        self._send(Build(sizes, host_bytes))
 
     def await_built(self) -> None:
         built = self._expect(Built)

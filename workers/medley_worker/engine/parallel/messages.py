@@ -30,9 +30,10 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
-    """Allocate and warm up. sizes: the same on every rank."""
+    """Allocate and warm up. The same on every rank; host_bytes: of packed adapters that each keeps on the host."""
 
     sizes: EngineSizes
+    host_bytes: int
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -100,6 +101,10 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 ToRank = Start | Build | Fetch | Unfetch | Place | Vacate | Drop | Line | Pass | Sleep | Wake | Stop
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Said every second, whatever the rank is doing."""
+
+
 class Loaded(msgspec.Struct, frozen=True, tag=True):
     """This rank's weights are loaded."""
 
@@ -144,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromRank = Loaded | Met | Built | Fetched | Slept | Woken | Failed
+FromRank = Alive | Loaded | Met | Built | Fetched | Slept | Woken | Failed
 
 to_rank_decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 from_rank_decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)

@@ -6,12 +6,14 @@ It dies with rank 0, whatever either of them is doing: by the end of the socket 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from medley.spec.wire import FrameReader
 from medley_worker.engine.parallel.follower import Follower
 from medley_worker.engine.parallel.messages import (
+    Alive,
     Build,
     Drop,
     Failed,
@@ -44,10 +47,13 @@ from medley_worker.parents import die_with_parent
 
 _RECEIVE_BYTES = 1 << 20
 _UNBUILDABLE, _CRASHED = 2, 1
+_ALIVE_S = 1.0
 
 
 class RankLoop:
-    """Two threads: one reads, and fetches adapters as soon as it is asked; this one does all else in order."""
+    """Three threads: one reads, and fetches adapters as soon as it is asked; one says that the process lives; this one
+    does all else in order.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -55,6 +61,7 @@ class RankLoop:
         self._sending = threading.Lock()
         self._follower: Follower | None = None
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
+        threading.Thread(target=self._beat, name="alive", daemon=True).start()
 
     def run(self) -> int:
         """Follow until Stop. The exit status."""
@@ -70,7 +77,7 @@ class RankLoop:
             if isinstance(build, Stop):
                 return 0
             assert isinstance(build, Build), "sizes come before work"
-            built = follower.build(build.sizes)
+            built = follower.build(build.sizes, build.host_bytes)
         except (ValueError, OSError, RuntimeError) as error:
             self._send(Failed(f"{type(error).__name__}: {error}"))
             return _UNBUILDABLE
@@ -104,6 +111,12 @@ class RankLoop:
     def _send(self, message: FromRank) -> None:
         with self._sending:
             self._connection.sendall(encode(message))
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # the reading thread ends the process
+            while True:
+                self._send(Alive())
+                time.sleep(_ALIVE_S)
 
     def _read(self) -> None:
         """End the process when rank 0 has gone: this rank may wait for it in a collective."""
