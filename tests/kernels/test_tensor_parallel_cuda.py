@@ -1,4 +1,7 @@
-"""A model on two GPUs: as close to float32 as transformers + PEFT on one, beside ours on one, and when a rank dies."""
+"""A model of two ranks: as close to float32 as transformers + PEFT, beside one rank, asleep, and when a rank dies.
+
+On two GPUs over NCCL, where there are two; else both on one (one_gpu.py says what differs then).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cuda_models
+import one_gpu
 import pytest
 import torch
 from cuda_models import Tiny, load_engine, prompt
@@ -17,14 +21,20 @@ from cuda_models import Tiny, load_engine, prompt
 from medley_worker import Completion, Engine, Request, SamplingParams
 from medley_worker.engine.parallel.followers import RankDied
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here"),
-]
+pytestmark = pytest.mark.gpu
 
 NUM_NEW = 60
 LENGTHS = (1, 15, 16, 33, 64, 130)
 Report = Callable[[str], None]
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the two ranks are."""
+    if torch.cuda.device_count() > 1:
+        return "two GPUs"
+    one_gpu.share_it(monkeypatch)
+    return "one GPU"
 
 
 def requests_of(made: Tiny, num_jobs: int, seed: int = 0) -> list[Request]:
@@ -42,8 +52,8 @@ def errors(completions: list[Completion], wanted: list[torch.Tensor]) -> torch.T
 
 
 @pytest.mark.parametrize("kind", list(cuda_models.KINDS))
-def test_two_gpus_are_as_close_to_float32_as_transformers_and_peft_on_one(
-    kind: str, tmp_path: Path, report: Report
+def test_two_ranks_are_as_close_to_float32_as_transformers_and_peft(
+    kind: str, places: str, tmp_path: Path, report: Report
 ) -> None:
     """In a mixed batch, prompts cut into chunks, adapters evicted."""
     made = cuda_models.make(kind, tmp_path)
@@ -64,11 +74,11 @@ def test_two_gpus_are_as_close_to_float32_as_transformers_and_peft_on_one(
         theirs.append(peer.logprobs(request, completion.token_ids).gather(1, tokens)[:, 0])
         tokens = torch.tensor(other.token_ids)[:, None]
         ours_alone.append(judge.logprobs(request, other.token_ids).gather(1, tokens)[:, 0])
-    ours, one_gpu = errors(shared, exact), errors(alone, ours_alone)
+    ours, one_rank = errors(shared, exact), errors(alone, ours_alone)
     peers = (torch.cat(theirs) - torch.cat(exact)).abs()
     report(
-        f"{kind}: {len(ours)} tokens, log-probability error on two GPUs mean {ours.mean():.4f}, p99"
-        f" {ours.quantile(0.99):.4f}; on one {one_gpu.mean():.4f}, {one_gpu.quantile(0.99):.4f}; transformers + PEFT"
+        f"{kind}: {len(ours)} tokens, log-probability error of two ranks on {places} mean {ours.mean():.4f}, p99"
+        f" {ours.quantile(0.99):.4f}; of one {one_rank.mean():.4f}, {one_rank.quantile(0.99):.4f}; transformers + PEFT"
         f" {peers.mean():.4f}, {peers.quantile(0.99):.4f}"
     )
     assert ours.mean() <= 2 * peers.mean()
@@ -88,7 +98,7 @@ def shared(tmp_path: Path) -> Engine:
     return load_engine(made, tensor_parallel=2, max_num_seqs=16, max_model_len=256, adapter_slots=8)
 
 
-def test_draws_scores_and_invariance_are_there_on_two_gpus(tmp_path: Path) -> None:
+def test_draws_scores_and_invariance_are_there_with_two_ranks(tmp_path: Path) -> None:
     made = cuda_models.make("llama3", tmp_path)
     engine = load_engine(
         made, tensor_parallel=2, max_num_seqs=16, max_model_len=256, adapter_slots=8, batch_invariant=True
@@ -114,3 +124,32 @@ def test_a_rank_that_dies_ends_the_engine_and_hangs_nobody(shared: Engine) -> No
     with pytest.raises(RankDied, match="rank 1"):
         step_for(shared, 60)
     shared.close()
+
+
+def test_two_ranks_sleep_and_wake_together_and_say_the_same(tmp_path: Path, places: str, report: Report) -> None:
+    made = cuda_models.make("llama3", tmp_path)
+    engine = load_engine(
+        made, tensor_parallel=2, max_num_seqs=16, max_model_len=256, adapter_bytes=1 << 30, sleeps=True
+    )
+    requests = requests_of(made, 16)
+    before = engine.generate(requests)
+    ranks = engine._parts.ranks
+    assert ranks is not None
+    assert engine.can_sleep
+    for _ in range(2):
+        awake, other = engine.device_bytes, ranks.followers.device_bytes
+        started = time.monotonic()
+        engine.sleep()
+        slept = time.monotonic()
+        asleep, other_asleep = engine.device_bytes, ranks.followers.device_bytes
+        engine.wake()
+        report(
+            f"two ranks on {places}: asleep in {slept - started:.2f} s, awake in {time.monotonic() - slept:.2f} s; the"
+            f" second holds {other / 1e9:.2f} GB awake and {other_asleep / 1e9:.2f} GB asleep"
+        )
+        assert awake - asleep > 2 * (1 << 30), "each rank has 1 GiB for adapters"
+        assert other - other_asleep > 1 << 30
+        after = engine.generate(requests)
+        assert [c.token_ids for c in after] == [c.token_ids for c in before]
+        engine.check_integrity()
+    engine.close()

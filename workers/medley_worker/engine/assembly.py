@@ -97,7 +97,7 @@ def _check(config: EngineConfig) -> None:
         raise ValueError(f"dtype: got {config.dtype!r}, wanted one of {', '.join(DTYPES)}")
     if config.forward not in ("model", "null"):
         raise ValueError(f"forward: got {config.forward!r}, wanted model or null")
-    kind, _, index = config.device.partition(":")
+    kind = config.device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device: got {config.device!r}, wanted cpu, cuda or cuda:<n>")
     if kind == "cuda" and not torch.cuda.is_available():
@@ -110,11 +110,17 @@ def _check(config: EngineConfig) -> None:
     if config.forward == "null":
         raise ValueError(f"tensor_parallel: got {size} with forward null, wanted 1: there is no model to share")
     if kind == "cuda":
-        left = torch.cuda.device_count() - int(index or 0)
-        if size > left:
-            raise ValueError(
-                f"tensor_parallel: got {size}, wanted at most {left}: the CUDA devices here from {config.device!r} on"
-            )
+        check_devices(config)
+
+
+def check_devices(config: EngineConfig) -> None:
+    """Whether each rank has a CUDA device. Raises ValueError."""
+    size, index = config.tensor_parallel, config.device.partition(":")[2]
+    left = torch.cuda.device_count() - int(index or 0)
+    if size > left:
+        raise ValueError(
+            f"tensor_parallel: got {size}, wanted at most {left}: the CUDA devices here from {config.device!r} on"
+        )
 
 
 def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], followers: Followers | None) -> Parts:

@@ -57,6 +57,7 @@ from medley_worker.engine.parallel.messages import (
 from medley_worker.engine.sizing import DeviceMemory, EngineSizes
 from medley_worker.ops.collectives import RankGroup
 
+PROCESS = "medley_worker.engine.parallel.process"  # the module that a rank's process runs
 STOP_S = 5.0  # for a rank to end by itself
 _RECEIVE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 4 << 20  # a pass of many rows and pages does not wait for its reader
@@ -101,7 +102,7 @@ class _Rank:
             self._process.kill()
 
     def _live(self, theirs: socket.socket) -> None:
-        argv = [sys.executable, "-m", "medley_worker.engine.parallel.process", "--fd", str(theirs.fileno())]
+        argv = [sys.executable, "-m", PROCESS, "--fd", str(theirs.fileno())]
         try:
             with theirs:
                 self._process = subprocess.Popen(argv, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
