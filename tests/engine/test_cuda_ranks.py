@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ class ThreadFollowers(Followers):
         self.meeting = Path("nowhere")
         self.death = None
         self._line = ()
+        self._ranks = [SimpleNamespace(rank=1)]  # type: ignore[list-item]
+        self._device_bytes = {}
         self._inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[FromRank | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(Start(config, 1, "nowhere"),), daemon=True)
