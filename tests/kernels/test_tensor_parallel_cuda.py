@@ -150,6 +150,6 @@ def test_two_ranks_sleep_and_wake_together_and_say_the_same(tmp_path: Path, plac
         assert awake - asleep > 2 * (1 << 30), "each rank has 1 GiB for adapters"
         assert other - other_asleep > 1 << 30
         after = engine.generate(requests)
-        assert [c.token_ids for c in after] == [c.token_ids for c in before]
+        cuda_models.assert_same_but_for_ties(after, before)  # adapters come again, in other steps
         engine.check_integrity()
     engine.close()

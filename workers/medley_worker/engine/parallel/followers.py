@@ -80,7 +80,7 @@ class _Rank:
         self.rank = start.rank
         self.replies: queue.SimpleQueue[FromRank | None] = queue.SimpleQueue()
         self.has_ended = threading.Event()
-        self.reason: str | None = None  # why it could not be built
+        self.reason: str | None = None  # why it ended
         self._on_end = on_end
         self._socket, theirs = socket.socketpair()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -114,9 +114,10 @@ class _Rank:
             self._read()
             how = _end_of(self._process)
         self._socket.close()
+        self.reason = self.reason or f"rank {self.rank} {how}"
         self.has_ended.set()
         self.replies.put(None)
-        self._on_end(self.rank, self.reason or f"rank {self.rank} {how}")
+        self._on_end(self.rank, self.reason)
 
     def _read(self) -> None:
         reader = FrameReader()
@@ -317,7 +318,7 @@ class Followers:
         if reply is None or isinstance(reply, Failed):
             rank.replies.put(None)  # whoever asks again hears the same
             rank.has_ended.wait(STOP_S)
-            reason = rank.reason or f"rank {rank.rank} has ended; its last lines say why"
+            reason = rank.reason or f"rank {rank.rank} is about to end; its last lines say why"
             raise RankDied(self.death or reason) if reply is None else ValueError(reason)
         assert isinstance(reply, kind), f"got {type(reply).__name__}, wanted {kind.__name__}"
         return reply
