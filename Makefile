@@ -20,7 +20,7 @@ ARGS ?=
 PYTHON_IS_GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 GPU_SETUP := $(if $(PYTHON_IS_GIVEN),,$(STAMP))
 GPU_PYTHON := PYTHONPATH=app:workers:.$${PYTHONPATH:+:$$PYTHONPATH} $(if $(PYTHON_IS_GIVEN),$(PYTHON),$(BIN)/python)
-# What bench-gpu measures: kernels, lora, step, kernel_times, chunks, workload, adapters or sleep.
+# What bench-gpu measures: kernels, lora, step, kernel_times, chunks, workload, adapters, sleep or tensor_parallel.
 PART ?= lora
 
 help: ## Show the targets.
@@ -59,7 +59,7 @@ demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers incl
 bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
 	for figure in engine_cpu service api migration; do $(BIN)/python -m "benchmarks.$$figure"; done
 
-bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters|sleep ARGS=--again
+bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters|sleep|tensor_parallel ARGS=--again
 	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)
 
 bench-simulate: $(STAMP) ## Run the policy's traces; writes benchmarks/results/simulate-*.json and, with the extra plot, pictures

@@ -113,6 +113,7 @@ class WorkerSettings:
     adapter_host_bytes: int | None = None
     max_tpot_ms: float | None = None  # None: the most tokens a second
     batch_invariant: bool = False
+    tensor_parallel: int = 1  # devices that share the model, `device` and those after it
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
     store_cache_bytes: int = 20 << 30
     starts_asleep: bool = True  # asleep until the dispatcher wakes it
@@ -257,6 +258,12 @@ def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
     return read.choice("MEDLEY_LOG_FORMAT", "line", LOG_FORMATS)
 
 
+def device_from_env(environ: Mapping[str, str]) -> tuple[str, int]:
+    """MEDLEY_DEVICE and MEDLEY_TENSOR_PARALLEL alone: where a worker computes, and on how many devices."""
+    worker = _worker(_Reader(environ))
+    return worker.device, worker.tensor_parallel
+
+
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment a supervisor hands to its children: its own, less the keys that it sets itself.
 
@@ -380,6 +387,7 @@ def _worker(read: _Reader) -> WorkerSettings:
         adapter_host_bytes=read.optional_whole("MEDLEY_ADAPTER_HOST_BYTES", low=0),
         max_tpot_ms=read.optional_milliseconds("MEDLEY_MAX_TPOT_MS"),
         batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
+        tensor_parallel=read.whole("MEDLEY_TENSOR_PARALLEL", default.tensor_parallel, low=1),
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
         store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",

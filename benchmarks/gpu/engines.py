@@ -36,6 +36,7 @@ def running_engine(
     max_model_len: int,
     adapter_bytes: int,
     adapter_host_bytes: int | None = None,
+    tensor_parallel: int = 1,
 ) -> Iterator[Engine]:
     """An engine over a model of `shapes.CONFIGS`, bf16, its weights made on the device. Its memory is free afterwards.
 
@@ -51,6 +52,7 @@ def running_engine(
             max_model_len=max_model_len,
             adapter_bytes=adapter_bytes,
             adapter_host_bytes=adapter_host_bytes,
+            tensor_parallel=tensor_parallel,
         )
     )
     try:

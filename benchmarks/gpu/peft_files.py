@@ -33,8 +33,8 @@ TENANT = UUID(int=1)
 class AdapterFiles:
     """Folders of adapters 0, 1, ... of rank 16 on all seven projections, bf16, made when first asked for."""
 
-    def __init__(self, model: BaseModel, folder: Path) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, model: BaseModel, folder: Path, num_different: int = NUM_DIFFERENT) -> None:
+        self._model, self._folder, self._num_different = model, folder, num_different
 
     def ref(self, number: int) -> AdapterRef:
         """What a request names. An engine reads these files without the checks of an upload."""
@@ -45,7 +45,7 @@ class AdapterFiles:
         folder = self._folder / f"adapter-{number}"
         if folder.exists():
             return folder
-        source = number % NUM_DIFFERENT
+        source = number % self._num_different
         if source == number:
             save_random(self._model, folder, seed=number)
         else:
@@ -83,10 +83,12 @@ def save_random(model: BaseModel, folder: Path, *, seed: int) -> None:
 
 
 @contextmanager
-def adapter_files(model: BaseModel, *, on_disk: bool = False) -> Iterator[AdapterFiles]:
+def adapter_files(
+    model: BaseModel, *, on_disk: bool = False, num_different: int = NUM_DIFFERENT
+) -> Iterator[AdapterFiles]:
     """AdapterFiles in a folder of their own, gone afterwards. on_disk: where temporary files lie by default."""
-    wanted = (NUM_DIFFERENT + 1) * adapter_weight_bytes(model, RANK)
+    wanted = (num_different + 1) * adapter_weight_bytes(model, RANK)
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > wanted
     parent = SHARED_MEMORY if has_room and not on_disk else None
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        yield AdapterFiles(model, Path(folder))
+        yield AdapterFiles(model, Path(folder), num_different)

@@ -73,12 +73,22 @@ def gpu_name(device_name: str) -> str:
 class Figure:
     """One file of rows. key: the fields that tell rows apart."""
 
-    def __init__(self, what: str, key: Sequence[str], run: Run, *, notes: Sequence[str] = (), device: str = "") -> None:
-        """device: its full name; that of torch's current device where it is not given."""
+    def __init__(
+        self,
+        what: str,
+        key: Sequence[str],
+        run: Run,
+        *,
+        notes: Sequence[str] = (),
+        device: str = "",
+        num_devices: int = 1,
+    ) -> None:
+        """device: its full name; that of torch's current device where it is not given. num_devices: of that kind."""
         self._what, self._key, self._again = what, tuple(key), run.again
         self._device = device or torch.cuda.get_device_name()
         self._notes = list(notes)
-        self.path = run.out / f"{gpu_name(self._device)}-{what}.json"
+        several = f"x{num_devices}" if num_devices > 1 else ""
+        self.path = run.out / f"{gpu_name(self._device)}{several}-{what}.json"
         self._rows: dict[tuple[Any, ...], Row] = {}
         self._measured: set[tuple[Any, ...]] = set()
         if self.path.exists():

@@ -20,6 +20,13 @@ _LLAMA: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
+_WIDE = _LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     # Llama-2-7B, Llama-3-8B, Llama-2-13B.
     "7b": _LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
@@ -33,6 +40,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 40,
         "vocab_size": 32000,
     },
+    # Llama-2-70B, and a tenth of its layers.
+    "70b": _WIDE | {"num_hidden_layers": 80},
+    "70b-8l": _WIDE | {"num_hidden_layers": 8},
 }
 
 

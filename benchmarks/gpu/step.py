@@ -180,7 +180,7 @@ def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool) -> 
 
 
 @click.command()
-@click.option("--models", default=",".join(CONFIGS), show_default=True, help="Which models, in this order.")
+@click.option("--models", default="7b,8b,13b", show_default=True, help="Which models, in this order.")
 @click.option("--device-time", is_flag=True, help="Profile the decode step's device time as well.")
 @part_options
 def main(run: Run, models: str, device_time: bool) -> None:

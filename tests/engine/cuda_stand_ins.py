@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -18,14 +19,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from medley_worker.engine.adapter_memory import AdapterMemory
 from medley_worker.engine.adapters import AdapterCache
+from medley_worker.engine.parallel.follower import Follower
+from medley_worker.engine.parallel.followers import Followers
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.scheduler import Scheduler
+from medley_worker.engine.sizing import EngineSizes
 from medley_worker.models import Decoder, KVCache
 from medley_worker.ops.lora import LoraBatch, lora_apply
 
 LOADED_WITH_CUDA = (
     "medley_worker.engine.cuda_forward",
+    "medley_worker.engine.cuda_passes",
     "medley_worker.ops.backend_cuda",
     "medley_worker.ops.paged_attention",
 )
@@ -200,6 +206,12 @@ def flashinfer() -> ModuleType:
     return stand_in
 
 
+class Latest(threading.local):
+    """The work list that is in place on a thread's device."""
+
+    batch: LoraBatch | None = None
+
+
 def logits(_: object, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     y = torch.mm(x, weight).to(torch.float32)
     return y if out is None else out.copy_(y)
@@ -225,36 +237,60 @@ def cuda_forward(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     for name in LOADED_WITH_CUDA:
         sys.modules.pop(name, None)
-    forward, backend, attention = (import_module(name) for name in LOADED_WITH_CUDA)
-    latest: list[LoraBatch | None] = [None]
+    forward, passes, backend, attention = (import_module(name) for name in LOADED_WITH_CUDA)
+    latest = Latest()
 
     def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, _: object) -> None:
-        lora_apply(y, x, group, layer, latest[0])  # as the kernel does: whatever work list is in place
+        lora_apply(y, x, group, layer, latest.batch)  # as the kernel does: whatever work list is in place
 
-    for module in (forward, backend):
+    for module in (forward, passes, backend):
         monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
     monkeypatch.setattr(backend, "sgmv_apply", sgmv_apply)
     monkeypatch.setattr(backend.CudaBackend, "logits", logits)
     monkeypatch.setattr(forward, "greedy", greedy)
-    monkeypatch.setattr(forward, "DecodeGraphs", Graphs)
+    monkeypatch.setattr(passes, "DecodeGraphs", Graphs)
     monkeypatch.setattr(attention, "check_supported", lambda *_: None)
 
-    def build(decoder: Decoder, kv: KVCache, cache: AdapterCache, rows: RowTable, scheduler: Scheduler) -> Any:
+    def prepare(decoder: Decoder, kv: KVCache, cache: AdapterCache | AdapterMemory) -> Any:
+        """The device's operators and cache for a decoder; what is in its adapters' place is kept."""
         config = decoder.config
         decoder._ops = backend.CudaBackend(config, decoder.device)
         shape = (config.num_layers, kv.num_pages + 1, 2, kv.page_size, config.num_kv_heads, config.head_dim)
         pages = torch.zeros(shape).unbind(2)
         sizes = {"num_pages": kv.num_pages, "page_size": kv.page_size, "spare_page": kv.num_pages}
-        paged = SimpleNamespace(k=pages[0].unbind(0), v=pages[1].unbind(0), **sizes)
         lora_batch = cache.lora_batch
 
         def kept_lora_batch(keys: Any, num_tokens: Any, **options: bool) -> Any:
-            latest[0] = lora_batch(keys, num_tokens, **options)  # type: ignore[assignment]
-            return latest[0]
+            latest.batch = lora_batch(keys, num_tokens, **options)  # type: ignore[assignment]
+            return latest.batch
 
         monkeypatch.setattr(cache, "lora_batch", kept_lora_batch)
-        given = (decoder, paged, cache, rows, scheduler)
-        return forward.CudaForward(*given, max_tokens=max_tokens, is_invariant=is_invariant)
+        return SimpleNamespace(k=pages[0].unbind(0), v=pages[1].unbind(0), **sizes)
+
+    def build_follower(follower: Follower, kv: KVCache, sizes: EngineSizes) -> Any:
+        return passes.CudaFollowerPasses(
+            follower._decoder,
+            prepare(follower._decoder, kv, follower._adapters),
+            follower._adapters,
+            follower._memory,
+            num_rows=sizes.max_num_seqs,
+            max_row_pages=-(-sizes.max_model_len // sizes.page_size),
+            max_tokens=sizes.max_num_batched_tokens,
+            is_invariant=is_invariant,
+        )
+
+    monkeypatch.setattr(Follower, "_new_passes", build_follower)
+
+    def build(
+        decoder: Decoder,
+        kv: KVCache,
+        cache: AdapterCache,
+        rows: RowTable,
+        scheduler: Scheduler,
+        others: Followers | None,
+    ) -> Any:
+        given = (decoder, prepare(decoder, kv, cache), cache, rows, scheduler)
+        return forward.CudaForward(*given, max_tokens=max_tokens, is_invariant=is_invariant, others=others)
 
     yield build
     for name in LOADED_WITH_CUDA:

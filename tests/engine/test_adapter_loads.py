@@ -149,8 +149,8 @@ def key(i: int) -> AdapterKey:
 
 def tensors_of(cache: AdapterCache, wanted: AdapterKey) -> list[Tensor]:
     """What lies where the adapter's tiles are, and its scales."""
-    adapter = cache._resident[wanted]
-    return [*(cache._memory[tile] for tiles in adapter.tiles.values() for tile in tiles), adapter.scales]
+    adapter = cache._memory[wanted]
+    return [*(cache._memory.tiles[tile] for tiles in adapter.tiles.values() for tile in tiles), adapter.scales]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_each_step_finds_its_adapters_however_late_copies_and_steps_run(
         host_bytes=rng.choice([1, 2, 4]) * TILES * tile_bytes,
         copier=device,
     )
-    cache.lora = NoLora()
+    cache._memory.lora = NoLora()
     for i in range(NUM_ADAPTERS):
         cache.register(key(i), folder / str(i))
     pinned: list[AdapterKey] = []

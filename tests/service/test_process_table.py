@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from medley.cli import COMMANDS, main
 from medley.config import ConfigError, Settings
+from medley.local.deployment import UpOptions
 from medley.local.processes import PROCESSES, SERVERS, Health
 from medley.spec.wire import EngineConfig
 from medley_worker.shell.main import engine_config
@@ -88,6 +89,7 @@ def test_the_demo_without_its_extras_says_what_to_install(
         ("MEDLEY_MAX_TPOT_MS", "inf", "milliseconds above 0"),
         ("MEDLEY_MAX_TPOT_MS", "fast", "milliseconds above 0"),
         ("MEDLEY_BATCH_INVARIANT", "yes", "one of false, true"),
+        ("MEDLEY_TENSOR_PARALLEL", "0", "at least 1"),
         ("MEDLEY_SLEEP", "deep", "one of host, off, warm"),
         ("MEDLEY_DTYPE", "int8", "one of bfloat16, float16, float32"),
         ("MEDLEY_MAX_BODY_BYTES", "-1", "at least 1"),
@@ -131,7 +133,25 @@ _ENGINE_KEYS = {
     "MEDLEY_ADAPTER_HOST_BYTES": ("0", 0),
     "MEDLEY_MAX_TPOT_MS": ("12.5", 12.5),
     "MEDLEY_BATCH_INVARIANT": ("true", True),
+    "MEDLEY_TENSOR_PARALLEL": ("2", 2),
 }
+
+
+def test_what_medley_up_is_told_of_the_engine_reaches_the_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[UpOptions] = []
+    monkeypatch.setattr("medley.cli.up.run", lambda options, _: told.append(options))
+    (tmp_path / "config.json").write_text("{}")
+    options = ["--device", "cuda", "--dtype", "bfloat16", "--max-num-seqs", "9", "--tensor-parallel", "2"]
+    done = CliRunner().invoke(main, ["up", "--model", str(tmp_path), *options])
+    assert done.exit_code == 0, done.output
+    assert told[0].environ == {
+        "MEDLEY_DEVICE": "cuda",
+        "MEDLEY_DTYPE": "bfloat16",
+        "MEDLEY_MAX_NUM_SEQS": "9",
+        "MEDLEY_TENSOR_PARALLEL": "2",
+    }
 
 
 def test_every_field_of_the_engine_has_a_key() -> None:

@@ -12,9 +12,10 @@ import httpx
 import psutil
 import psycopg
 import pytest
+from cuda_driver import make_driver
 from waiting import alive, wait_until
 
-from medley.local.stack import LocalStack
+from medley.local.stack import LocalStack, StackFailed
 
 
 def _medley(*args: str) -> subprocess.CompletedProcess[str]:
@@ -108,3 +109,29 @@ def _stop_with_ctrl_c(stack: LocalStack) -> None:
     assert alive(family) == []
     assert early == set()
     assert "has not stopped" not in stack.log_path.read_text()
+
+
+def test_each_worker_has_gpus_of_its_own_and_keeps_them_when_it_is_replaced(tmp_path: Path) -> None:
+    environ = make_driver(tmp_path, num_gpus=5) | {"MEDLEY_DEVICE": "cuda:1", "MEDLEY_TENSOR_PARALLEL": "2"}
+
+    def gpus(pid: int) -> dict[str, str | None]:
+        found = psutil.Process(pid).environ()
+        return {key: found.get(key) for key in ("CUDA_VISIBLE_DEVICES", "MEDLEY_DEVICE", "MEDLEY_TENSOR_PARALLEL")}
+
+    with LocalStack(tmp_path / "data", workers=2, environ=environ) as stack:
+        wanted = [
+            {"CUDA_VISIBLE_DEVICES": names, "MEDLEY_DEVICE": "cuda", "MEDLEY_TENSOR_PARALLEL": "2"}
+            for names in ("1,2", "3,4")
+        ]
+        assert [gpus(stack.pid("worker", i)) for i in range(2)] == wanted
+        before = stack.kill("worker", 1)
+        wait_until(lambda: stack.pids().get("worker.1", before) != before, "another worker")
+        assert gpus(stack.pid("worker", 1)) == wanted[1]
+        assert gpus(stack.pid("api"))["CUDA_VISIBLE_DEVICES"] is None
+
+
+def test_where_there_are_too_few_gpus_nothing_starts_and_the_error_says_how_many_are_wanted(tmp_path: Path) -> None:
+    environ = make_driver(tmp_path, num_gpus=3) | {"MEDLEY_DEVICE": "cuda", "MEDLEY_TENSOR_PARALLEL": "2"}
+    with pytest.raises(StackFailed, match="GPUs: got 3, wanted 4: each of 2 workers has 2 GPUs of its own"):
+        LocalStack(tmp_path / "data", workers=2, environ=environ).start()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["up.log"]

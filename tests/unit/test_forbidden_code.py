@@ -19,6 +19,8 @@ FORBIDDEN_MODULES = {
     "cloudpickle": "runs code from data",
     "dill": "runs code from data",
     "joblib": "reads pickles",
+    "multiprocessing": "pickles what it sends",
+    "torch.multiprocessing": "pickles what it sends",
     "shelve": "reads pickles",
     "marshal": "crashes on data",
     "yaml": "builds objects from data; the service has JSON",
@@ -54,6 +56,17 @@ FORBIDDEN_KEYWORDS = {
     ("verify", False): "takes any certificate",
 }
 FORBIDDEN_NAMES = {"CERT_NONE": "takes any certificate", "_create_unverified_context": "takes any certificate"}
+# torch's collectives over Python objects.
+for _name in (
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "recv_object_list",
+    "scatter_object_list",
+    "send_object_list",
+):
+    FORBIDDEN_NAMES[_name] = "pickles what it sends"
+    FORBIDDEN_MODULES[f"torch.distributed.{_name}"] = "pickles what it sends"
 
 
 def faults(source: str, path: str) -> Iterator[str]:
@@ -111,6 +124,9 @@ def test_no_file_of_the_service_does_what_is_forbidden() -> None:
         "numpy.lib.format.read_array(f, allow_pickle=True)",
         "subprocess.run(command, shell=True)",
         "ssl.CERT_NONE",
+        "from multiprocessing import Queue",
+        "torch.distributed.broadcast_object_list(said)",
+        "from torch.distributed import all_gather_object",
     ],
 )
 def test_each_of_them_would_be_found(source: str) -> None:

@@ -55,6 +55,7 @@ _WORKER_KNOBS = (
     "MEDLEY_ADAPTER_HOST_BYTES",
     "MEDLEY_MAX_TPOT_MS",
     "MEDLEY_BATCH_INVARIANT",
+    "MEDLEY_TENSOR_PARALLEL",
     "MEDLEY_SLEEP",
     "MEDLEY_STORE_CACHE_DIR",
     "MEDLEY_STORE_CACHE_BYTES",
@@ -150,8 +151,9 @@ def _service(spec: ProcessSpec, profile: str | None = None) -> Yaml:
     if profile is not None:
         service["profiles"] = [profile]
     if profile == "gpu":
-        device = {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+        device = {"driver": "nvidia", "count": "${MEDLEY_TENSOR_PARALLEL:-1}", "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+        service["shm_size"] = "1g"  # by which the ranks of a model on several GPUs find each other
     return service
 
 

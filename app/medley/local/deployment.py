@@ -11,15 +11,16 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medley.config import inherited_env, scale_secret_env
+from medley.config import device_from_env, inherited_env, scale_secret_env
 from medley.health import is_alive
 from medley.local.child import Command
 from medley.local.datadir import DataDir
 from medley.local.embedded import EmbeddedServers
+from medley.local.gpus import share_gpus, visible_gpus
 from medley.local.lines import LineLog
 from medley.local.processes import PROCESSES, Health, ProcessSpec, process
 from medley.local.status import StackStatus, write_status
@@ -49,12 +50,14 @@ class UpOptions:
 def run(options: UpOptions, log: LineLog) -> None:
     """Start everything, say when it is ready, and return once a signal has stopped it.
 
-    Raises `DataDirInUse`, `EmbeddedServersUnavailable`, `ChildFailed`, or `OSError` where the port is taken.
+    Raises `DataDirInUse`, `EmbeddedServersUnavailable`, `ChildFailed`, `TooFewGpus`, `ConfigError` for what it is told
+    of the workers' devices, or `OSError` where the port is taken.
     """
+    places = _worker_places(options)
     data = DataDir.acquire(options.data_dir)
     try:
         with _listen(options.host, options.port) as listener:
-            _Deployment(options, data, listener, log).run()
+            _Deployment(options, data, listener, log, places).run()
     finally:
         data.release()
 
@@ -67,9 +70,31 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _worker_places(options: UpOptions) -> list[dict[str, str]]:
+    """What each worker's environment says of where it computes: its share of the cores, and GPUs of its own."""
+    env = inherited_env() | dict(options.environ)
+    device, size = device_from_env(env)
+    # Each process would otherwise start a thread on every core.
+    threads = max(1, (os.cpu_count() or 1) // max(1, options.workers * size))
+    cores = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(threads))}
+    if not device.startswith("cuda") or not options.workers:
+        return [cores] * options.workers
+    return [cores | gpus for gpus in share_gpus(visible_gpus(env), device, options.workers, size)]
+
+
 class _Deployment:
-    def __init__(self, options: UpOptions, data: DataDir, listener: socket.socket, log: LineLog) -> None:
+    """places: what each worker's environment says of devices and threads."""
+
+    def __init__(
+        self,
+        options: UpOptions,
+        data: DataDir,
+        listener: socket.socket,
+        log: LineLog,
+        places: Sequence[Mapping[str, str]],
+    ) -> None:
         self._options = options
+        self._places = places
         self._data = data
         self._listener = listener
         self._log = log
@@ -131,11 +156,12 @@ class _Deployment:
 
     def _environ(self, spec: ProcessSpec, name: str) -> dict[str, str]:
         env = inherited_env()
-        # Workers share the cores; each would otherwise start a thread on every one.
-        threads = max(1, (os.cpu_count() or 1) // max(1, self._options.workers))
-        env.setdefault("OMP_NUM_THREADS", str(threads if spec.image == "worker" else 1))
+        if spec.image != "worker":
+            env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("MEDLEY_WEBHOOK_LOOPBACK", "true")  # whoever runs this is its only tenant
         env |= self._options.environ
+        if spec.is_replicated:
+            env |= self._places[int(name.rpartition(".")[2])]
         env |= {
             "MEDLEY_DATABASE_URL": self._servers.database_url(spec.role),
             "MEDLEY_REDIS_URL": self._servers.redis_url,

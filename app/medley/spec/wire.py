@@ -43,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tpot_ms: what the time per output token is held to, None: the most tokens a second.
     batch_invariant: tokens and log-probabilities depend on no neighbour, bit by bit; slower on CUDA. A CPU in float32
     gives that always.
+    tensor_parallel: devices of this host that share the model, from `device` on; sizes in bytes are those of each.
     sleeps: Sleep will be asked for, so what is large lies in memory that can be given back.
     """
 
@@ -61,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapter_host_bytes: int | None = None
     max_tpot_ms: float | None = None
     batch_invariant: bool = False
+    tensor_parallel: int = 1
     sleeps: bool = False
 
 
@@ -115,7 +117,7 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
-    """Give the device's memory back, weights apart from their host copy; answered by `Asleep`.
+    """Give the devices' memory back, weights apart from their host copy; answered by `Asleep`.
 
     The engine holds no jobs, and gets none before it is woken. One that cannot sleep ends.
     """
@@ -183,7 +185,7 @@ class Released(msgspec.Struct, frozen=True, tag=True):
 
 
 class Asleep(msgspec.Struct, frozen=True, tag=True):
-    """device_bytes: of the device's memory that the process still holds."""
+    """device_bytes: of the devices' memory, still held by the engine's processes."""
 
     device_bytes: int
     sleep_s: float
@@ -214,9 +216,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_pages: int = 0
     tiles_used: int = 0
     num_tiles: int = 0
-    device_bytes: int = 0  # of the device's memory that the process holds, 0 on a CPU
+    device_bytes: int = 0  # of its devices' memory, held by its processes; 0 on a CPU
     resident: tuple[UUID, ...] = ()  # adapter revisions in device memory
-    device_total_bytes: int = 0  # of the device's memory, 0 on a CPU
+    num_devices: int = 1  # that share the model
+    device_total_bytes: int = 0  # of its devices' memory, 0 on a CPU
 
 
 class Batch(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,7 @@
-"""An adapter's files as packed tiles. Owns reading and packing; knows no pool, no schedule and no tile's inside."""
+"""An adapter's files as packed tiles: all of it, or one rank's share.
+
+Owns reading and packing; knows no pool, no schedule and no tile's inside.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medley.spec.adapters import WEIGHTS_NAME, AdapterHeader, AdapterRefused, AdapterTarget, read_adapter
-from medley.spec.base_models import BaseModel
+from medley.spec.base_models import BaseModel, linear_sites
+from medley_worker.models.sharding import Shard
 from medley_worker.ops.lora_stage import SITES, TILE_RANKS, GroupShape
 
 
@@ -77,9 +81,11 @@ def read_source(path: Path, model: BaseModel, layout: Layout) -> AdapterSource:
     return AdapterSource(path, header, num_tiles, site_masks)
 
 
-def pack_adapter(source: AdapterSource, layout: Layout, tiles: Sequence[Tensor], scales: Tensor) -> None:
-    """Read an adapter's weights into tiles. Ranks up to the next multiple of 8 are zeros.
+def pack_adapter(source: AdapterSource, shard: Shard, layout: Layout, tiles: Sequence[Tensor], scales: Tensor) -> None:
+    """Read a shard's share of an adapter's weights into tiles. Ranks up to the next multiple of 8 are zeros.
 
+    A site divided by its outputs has all of A and a share of B, one divided by its inputs a share of A and all of B:
+    the sum over the shards of y += scale * (x @ A) @ B is the whole's. layout: of the shard's part.
     tiles: source.tiles_needed of [tile_elements], on the host, mutated; group by group as `num_tiles` counts them.
     scales: [L, sites] float32, mutated; 0 where not adapted. Raises AdapterUnavailable.
     """
@@ -95,7 +101,7 @@ def pack_adapter(source: AdapterSource, layout: Layout, tiles: Sequence[Tensor],
                 count = source.num_tiles.get(group.name, 0)
                 for in_group in range(group.num_sites):
                     name = SITES[group.first_site + in_group]
-                    _pack_site(weights, source, name, layout, group, in_group, tiles[first : first + count])
+                    _pack_site(weights, source, name, shard, layout, group, in_group, tiles[first : first + count])
                 first += count
     except (SafetensorError, OSError) as error:
         raise AdapterUnavailable(f"{source.path / WEIGHTS_NAME} could not be read: {error}") from error
@@ -105,20 +111,24 @@ def _pack_site(
     weights: safe_open,
     source: AdapterSource,
     site: str,
+    shard: Shard,
     layout: Layout,
     group: GroupShape,
     in_group: int,
     tiles: Sequence[Tensor],
 ) -> None:
     """Write one site of all layers, those of one rank together."""
+    (linear,) = (linear for linear in linear_sites(shard.whole) if linear.name == site)
+    inputs, outputs = shard.inputs(linear), shard.outputs(linear)
     by_rank: dict[int, list[AdapterTarget]] = {}
     for target in source.header.targets:
         if target.site == site:
             by_rank.setdefault(target.rank, []).append(target)
     for rank, targets in by_rank.items():
         layers = [target.layer for target in targets]
-        a = _stack(weights, source, [target.a_name for target in targets], tiles[0].dtype)  # [n, r, in]
-        b = _stack(weights, source, [target.b_name for target in targets], tiles[0].dtype)  # [n, out, r]
+        # Read and judged whole, so that every rank refuses what one refuses.
+        a = _stack(weights, source, [target.a_name for target in targets], tiles[0].dtype)[:, :, inputs]  # [n, r, in]
+        b = _stack(weights, source, [target.b_name for target in targets], tiles[0].dtype)[:, outputs]  # [n, out, r]
         for tile, start in zip(tiles, range(0, rank, TILE_RANKS), strict=False):
             ranks = slice(start, min(start + TILE_RANKS, rank))
             layout.write_layers(tile, group, in_group, layers, a[:, ranks], b[:, :, ranks])

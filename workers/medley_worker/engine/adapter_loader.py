@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from medley.spec.base_models import BaseModel
 from medley_worker.engine.adapter_files import AdapterSource, AdapterUnavailable, Layout, pack_adapter, read_source
 from medley_worker.engine.copies import Copier
 from medley_worker.engine.host_tiles import HostCopies, HostTiles, PackedAdapter
 from medley_worker.engine.sequences import AdapterKey
+from medley_worker.models.sharding import Shard
 from medley_worker.ops.lora_stage import SITES
 
 # Packing is bound by memory and by the interpreter; more threads would only take turns with the step loop.
@@ -39,8 +39,8 @@ class Wanted:
 class AdapterLoader:
     """Packed adapters by key. With a copier that is asynchronous, `is_ready` goes before `get`."""
 
-    def __init__(self, model: BaseModel, layout: Layout, dtype: torch.dtype, copier: Copier, limit_bytes: int) -> None:
-        self._model, self._layout, self._copier = model, layout, copier
+    def __init__(self, shard: Shard, layout: Layout, dtype: torch.dtype, copier: Copier, limit_bytes: int) -> None:
+        self._shard, self._layout, self._copier = shard, layout, copier
         self._growing = threading.Lock()  # taken before the other one
         self._tiles = HostTiles(copier, layout.tile_elements, dtype, (layout.num_layers, len(SITES)))
         # Everything below is the lock's, and what is free of the tiles.
@@ -65,7 +65,7 @@ class AdapterLoader:
         with self._changed:
             source = self._sources.pop(key, None)
             self._failures.pop(key, None)
-        return read_source(path, self._model, self._layout) if source is None else source
+        return read_source(path, self._shard.whole, self._layout) if source is None else source
 
     def set_line(self, wanted: Sequence[Wanted]) -> None:
         """Which adapters come next, nearest first; replaces what was known. Reading starts at once."""
@@ -201,7 +201,7 @@ class AdapterLoader:
 
     def _header(self, item: Wanted) -> Callable[[], None]:
         def work() -> None:
-            source = read_source(item.path, self._model, self._layout)
+            source = read_source(item.path, self._shard.whole, self._layout)
             with self._changed:
                 self._sources[item.key] = source
                 self._keep_nearest()
@@ -247,7 +247,7 @@ class AdapterLoader:
                 if tile.read_by is not None:
                     tile.read_by.wait()
                     tile.read_by = None
-            pack_adapter(source, self._layout, [tile.memory for tile in tiles], tiles[0].scales)
+            pack_adapter(source, self._shard, self._layout, [tile.memory for tile in tiles], tiles[0].scales)
         except BaseException:
             with self._changed:
                 self._tiles.free(tiles)

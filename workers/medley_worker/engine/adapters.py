@@ -1,7 +1,8 @@
 """Adapters on their way from disk through host memory into device tiles.
 
-Owns the memory of tiles and what lies in it; `tiles` decides who holds which, `adapter_files` reads. It does not
-know requests: pins and what comes next are told.
+Joins who knows: `tiles` decides who holds which, `adapter_loader` reads, `adapter_memory` is the device's side; where
+several ranks share the model, the others are told each decision. It does not know requests: pins and what comes next
+are told.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from medley.spec.base_models import BaseModel
-from medley_worker.engine.adapter_files import AdapterSource, AdapterUnavailable, Layout
+from medley_worker.engine.adapter_files import AdapterSource, AdapterUnavailable
 from medley_worker.engine.adapter_loader import AdapterLoader, Wanted
-from medley_worker.engine.copies import Copier, Fence, new_copier
+from medley_worker.engine.adapter_memory import AdapterMemory, Lora, layout_for
+from medley_worker.engine.copies import Copier, new_copier
+from medley_worker.engine.host_tiles import PackedAdapter
 from medley_worker.engine.sequences import AdapterKey
 from medley_worker.engine.sizing import CPU_HOST_BYTES
 from medley_worker.engine.tiles import TilePool
-from medley_worker.ops.lora import LoraBatch, build_lora_batch
-from medley_worker.ops.lora_stage import SITES, AdapterTiles, LoraStage, TileLayout, tile_layout
+from medley_worker.models.sharding import Shard, shard_of
 from medley_worker.ops.memory import Memory, PlainMemory
 
-__all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "layout_for"]
+__all__ = ["AdapterCache", "AdapterKey", "AdapterTooLarge", "AdapterUnavailable", "OtherRanks"]
 
 
 class AdapterTooLarge(Exception):
@@ -37,53 +38,43 @@ class AdapterTooLarge(Exception):
         super().__init__(f"adapter {key[1]} needs {got} tiles, the engine has {wanted}; raise its adapter memory")
 
 
-def layout_for(model: BaseModel, device: torch.device) -> Layout:
-    """How tiles are laid out on `device`. Raises ValueError for a model that its kernels cannot run."""
-    if device.type == "cuda":
-        # Its layout is of use where its kernels can be built.
-        from medley_worker.ops.sgmv_layout import fragment_layout
+class OtherRanks(Protocol):
+    """The other ranks' adapters: each rank packs its share of the same files, into the tiles that this one chose.
 
-        return fragment_layout(model)
-    return tile_layout(model)
+    Numbers stand for adapters, a new one for each time that one becomes known.
+    """
 
+    def fetch(self, number: int, path: Path) -> None:
+        """Have every rank pack its share; `fetched` is the answer."""
+        ...
 
-class Lora(Protocol):
-    """Makes the work of a step's adapters known to the device."""
+    def fetched(self, number: int) -> str | None:
+        """Wait until every rank has; or why one could not."""
+        ...
 
-    def batch(self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int]) -> object | None:
-        """What the model's forward pass wants as its LoRA batch; None where no row has an adapter."""
+    def unfetch(self, number: int) -> None:
+        """What was fetched is not going to be placed."""
+        ...
+
+    def place(self, number: int, load_id: int, tiles: Sequence[int]) -> None:
+        """What was fetched goes into these tiles, for the steps that begin after it."""
+        ...
+
+    def release(self, number: int) -> None:
+        """The adapter's tiles are to be another's."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nothing of the adapter is to stay, in host memory either."""
+        ...
+
+    def set_line(self, line: Sequence[tuple[int, Path]]) -> None:
+        """Which adapters come next, nearest first."""
         ...
 
 
-class StagedLora:
-    """For a CPU: copies of the tiles in use, laid out for batched products."""
-
-    def __init__(self, stage: LoraStage) -> None:
-        self.stage = stage
-
-    def batch(self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int]) -> LoraBatch | None:
-        return build_lora_batch(adapters, num_tokens, self.stage)
-
-
-def _new_lora(layout: Layout, pool: Tensor, max_tokens: int, max_adapters: int, memory: Memory) -> Lora:
-    if isinstance(layout, TileLayout):
-        return StagedLora(LoraStage(layout, pool))
-    from medley_worker.ops.sgmv import SgmvLora
-    from medley_worker.ops.sgmv_layout import FragmentLayout
-
-    assert isinstance(layout, FragmentLayout)
-    return SgmvLora(layout, pool, max_tokens, max_adapters, memory=memory)
-
-
 class AdapterCache:
-    """Resident adapters: registered by key, loaded into tiles, pinned while rows use them, evicted by next use.
-
-    | memory | who writes it, and when |
-    | tiles, scales on the device | `load`, after the last step that reads their former owner |
-    | tiles, scales on the host | the loader, after the last copy out of them |
-
-    At most one step is unread while an adapter is loaded, so of the steps before the last one nobody reads tiles.
-    """
+    """Resident adapters: registered by key, loaded into tiles, pinned while rows use them, evicted by next use."""
 
     def __init__(
         self,
@@ -96,34 +87,43 @@ class AdapterCache:
         max_tokens: int = 2048,
         max_adapters: int = 64,
         copier: Copier | None = None,
+        shard: Shard | None = None,
+        others: OtherRanks | None = None,
         memory: Memory | None = None,
     ) -> None:
         """max_tokens, max_adapters: of one step. copier: for tests; the device has its own.
 
-        memory: where tiles and workspaces lie on the device; None: torch's own.
+        shard: what of `model` this rank has, all of it by default; others: the ranks that have the rest. memory: where
+        tiles and workspaces lie on the device; None: torch's own.
         """
         device = torch.device(device)
-        memory = PlainMemory(device) if memory is None else memory
-        self._copier = new_copier(device) if copier is None else copier
-        layout = self._layout = layout_for(model, device)
-        self._loader = AdapterLoader(model, layout, dtype, self._copier, host_bytes)
-        self._memory = memory.cleared((num_tiles + 1, layout.tile_elements), dtype)  # the last one stays zeros
-        # An adapter's scales lie where its first tile says, so that they live and die with it.
-        self._scales = memory.cleared((num_tiles, layout.num_layers, len(SITES)), torch.float32)
-        self.lora = _new_lora(layout, self._memory, max_tokens, max_adapters, memory)
+        copier = new_copier(device) if copier is None else copier
+        shard = shard_of(model) if shard is None else shard
+        layout = layout_for(shard.part, device)
+        self._loader = AdapterLoader(shard, layout, dtype, copier, host_bytes)
+        self._memory = AdapterMemory(
+            layout,
+            copier,
+            memory=PlainMemory(device) if memory is None else memory,
+            num_tiles=num_tiles,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            max_adapters=max_adapters,
+        )
+        self._others = others
         self._tiles: TilePool[AdapterKey] = TilePool(num_tiles)
         self._sources: dict[AdapterKey, AdapterSource] = {}
         self._paths: dict[AdapterKey, Path] = {}  # of adapters that come and are not registered
-        self._resident: dict[AdapterKey, AdapterTiles] = {}
+        self._numbers: dict[AdapterKey, int] = {}  # by which the other ranks know adapters
+        self._next_number = itertools.count()
         self._load_ids = itertools.count()
-        self._last_batch: tuple[tuple[object, ...], object | None] = ((), None)
-        self._arriving: dict[AdapterKey, Fence] = {}  # loaded, and no step has waited for the copy
-        self._step = 0  # how many steps were begun
-        self._used_in: dict[AdapterKey, int] = {}  # the last step with it
-        self._read_in = [0] * num_tiles  # the last step that read the tile for an owner that is gone
         self.loads = 0
         self.evictions = 0
         self.load_s = 0.0
+
+    @property
+    def lora(self) -> Lora:
+        return self._memory.lora
 
     @property
     def num_tiles(self) -> int:
@@ -160,6 +160,7 @@ class AdapterCache:
             self._release(key)
         self._loader.drop(key)
         self._sources.pop(key, None)
+        self._drop_elsewhere(key)
 
     def evict_all(self) -> None:
         """Leave every tile, before the device's memory goes. Nobody has pinned any, and no step is under way.
@@ -168,12 +169,13 @@ class AdapterCache:
         """
         for key in self.resident():
             self._release(key)
-        self._read_in = [0] * self.num_tiles
-        self._last_batch = ((), None)  # its list of work names addresses of what was there
+        self._memory.forget_reads()
 
     def prune(self, is_wanted: Callable[[AdapterKey], bool]) -> None:
         """Unregister what is neither resident nor wanted. Host copies stay: what a key names never changes."""
-        self._sources = {k: s for k, s in self._sources.items() if k in self._resident or is_wanted(k)}
+        self._sources = {k: s for k, s in self._sources.items() if k in self._memory or is_wanted(k)}
+        for key in self._numbers.keys() - self._sources.keys():
+            self._drop_elsewhere(key)
 
     def is_registered(self, key: AdapterKey) -> bool:
         return key in self._sources
@@ -183,11 +185,11 @@ class AdapterCache:
         return self._sources[key].tiles_needed
 
     def is_resident(self, key: AdapterKey) -> bool:
-        return key in self._resident
+        return key in self._memory
 
     def is_ready(self, key: AdapterKey) -> bool:
         """Whether `load` would not wait for a disk."""
-        return key in self._resident or self._loader.is_ready(key)
+        return key in self._memory or self._loader.is_ready(key)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until one more of those that come is ready, at most `timeout_s`."""
@@ -195,56 +197,68 @@ class AdapterCache:
 
     def can_admit(self, key: AdapterKey) -> bool:
         """Whether a registered adapter is resident, or fits into free tiles and those that nobody has pinned."""
-        return key in self._resident or self._sources[key].tiles_needed <= self._tiles.num_available
+        return key in self._memory or self._sources[key].tiles_needed <= self._tiles.num_available
 
     def load(self, key: AdapterKey) -> None:
         """Make a registered adapter resident, evicting others. `can_admit` holds. Raises AdapterUnavailable.
 
         It is there for the steps that begin after it; the copy itself may still be under way.
         """
-        if key in self._resident:
+        if key in self._memory:
             self._tiles.touch(key)
             return
         started = time.perf_counter()
         source = self._sources[key]
-        packed = self._loader.get(key, source)
+        packed = self._get(key, source)
         victims = self._tiles.victims(source.tiles_needed)
         assert victims is not None, "load follows can_admit"
         for victim in victims:
             self._release(victim)
         self.evictions += len(victims)
         tiles = self._tiles.acquire(key, source.tiles_needed)
-        scales = self._scales[tiles[0]]
-        is_read = max(self._read_in[tile] for tile in tiles) >= self._step > 0
-        # A tile's end past its group's numbers is read by nobody.
-        sizes = [
-            self._layout.group_elements(self._layout.group(group))
-            for group, count in source.num_tiles.items()
-            for _ in range(count)
-        ]
-        pairs = [
-            (self._memory[tile, :size], host.memory[:size])
-            for tile, host, size in zip(tiles, packed, sizes, strict=True)
-        ]
-        fence = self._copier.copy([*pairs, (scales, packed[0].scales)], self._copier.mark() if is_read else None)
-        for host in packed:
-            host.read_by = fence
+        load_id = next(self._load_ids)
+        self._memory.place(key, load_id, source, tiles, packed)
+        if self._others is not None:
+            self._others.place(self._number(key), load_id, tiles)
         self._loader.put_back(key, packed)
-        self._arriving[key] = fence
-        taken = iter(tiles)
-        by_group = {group: tuple(itertools.islice(taken, count)) for group, count in source.num_tiles.items()}
-        self._resident[key] = AdapterTiles(next(self._load_ids), by_group, scales, source.site_masks)
         self.loads += 1
         self.load_s += time.perf_counter() - started
 
+    def _get(self, key: AdapterKey, source: AdapterSource) -> PackedAdapter:
+        """The packed adapter, on every rank. Raises AdapterUnavailable where any of them cannot have it."""
+        if self._others is None:
+            return self._loader.get(key, source)
+        number = self._number(key)
+        self._others.fetch(number, source.path)  # they pack while this rank does
+        try:
+            packed = self._loader.get(key, source)
+        except AdapterUnavailable:
+            self._others.fetched(number)
+            self._others.unfetch(number)
+            raise
+        reason = self._others.fetched(number)
+        if reason is not None:
+            self._others.unfetch(number)
+            self._loader.put_back(key, packed)
+            raise AdapterUnavailable(reason)
+        return packed
+
     def _release(self, key: AdapterKey) -> None:
-        adapter = self._resident.pop(key)
-        used_in = self._used_in.pop(key, 0)
-        for tiles in adapter.tiles.values():
-            for tile in tiles:
-                self._read_in[tile] = used_in
-        self._arriving.pop(key, None)  # copies follow each other, so the next owner's comes after it
+        self._memory.release(key)
         self._tiles.release(key)
+        if self._others is not None:
+            self._others.release(self._number(key))
+
+    def _number(self, key: AdapterKey) -> int:
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = next(self._next_number)
+        return number
+
+    def _drop_elsewhere(self, key: AdapterKey) -> None:
+        number = self._numbers.pop(key, None)
+        if number is not None and self._others is not None:
+            self._others.drop(number)
 
     def pin(self, key: AdapterKey) -> None:
         """Keep a resident adapter until as many `unpin`s."""
@@ -261,7 +275,10 @@ class AdapterCache:
         """The adapters that are used next, nearest first; replaces what was known."""
         self._tiles.set_upcoming(keys)
         if self._loader.is_ahead:
-            self._loader.set_line([item for key in keys if key not in self._resident for item in self._wanted(key)])
+            line = [item for key in keys if key not in self._memory for item in self._wanted(key)]
+            self._loader.set_line(line)
+            if self._others is not None:
+                self._others.set_line([(self._number(item.key), item.path) for item in line])
 
     def _wanted(self, key: AdapterKey) -> list[Wanted]:
         source = self._sources.get(key)
@@ -270,31 +287,17 @@ class AdapterCache:
         return [Wanted(key, self._paths[key], None)] if key in self._paths else []
 
     def resident(self) -> list[AdapterKey]:
-        return list(self._resident)
+        return self._memory.keys()
+
+    def load_id(self, key: AdapterKey) -> int:
+        """Of a resident adapter: by which the other ranks know what lies in its tiles."""
+        return self._memory[key].load_id
 
     def lora_batch(
         self, keys: Sequence[AdapterKey | None], num_tokens: Sequence[int], *, begins_step: bool = True
     ) -> object | None:
-        """The LoRA batch of a pass: one resident key (None: the base) and number of new tokens a sequence, in order.
-
-        None where no row has an adapter. Valid until the next call. A pass like the last one gets the same batch.
-        Called once a pass, before anything of it is launched; begins_step: for the first pass of a step.
-        """
-        self._step += begins_step
-        self._use(keys)
-        adapters = [None if key is None else self._resident[key] for key in keys]
-        composition = (*(None if a is None else a.load_id for a in adapters), *num_tokens)
-        if self._last_batch[0] != composition:
-            self._last_batch = (composition, self.lora.batch(adapters, num_tokens))
-        return self._last_batch[1]
-
-    def _use(self, keys: Sequence[AdapterKey | None]) -> None:
-        for key in dict.fromkeys(keys):
-            if key is not None:
-                self._used_in[key] = self._step
-                fence = self._arriving.pop(key, None)
-                if fence is not None:
-                    self._copier.join(fence)
+        """The LoRA batch of a pass; see AdapterMemory."""
+        return self._memory.lora_batch(keys, num_tokens, begins_step=begins_step)
 
     def close(self) -> None:
         """End the threads that read ahead. May be called twice."""
@@ -304,11 +307,10 @@ class AdapterCache:
         """Raises AssertionError unless tiles, residents and host copies agree."""
         self._tiles.check_integrity()
         self._loader.check_integrity()
-        if isinstance(self.lora, StagedLora):
-            self.lora.stage.check_integrity()
-        assert set(self._resident) == set(self._tiles.owners()), "residents and tile owners differ"
-        assert set(self._resident) <= set(self._sources), "a resident adapter is not registered"
-        assert set(self._arriving) <= set(self._resident), "a copy arrives for nobody"
-        for key, adapter in self._resident.items():
-            counts = {group: len(tiles) for group, tiles in adapter.tiles.items()}
+        self._memory.check_integrity()
+        resident = set(self._memory.keys())
+        assert resident == set(self._tiles.owners()), "residents and tile owners differ"
+        assert resident <= set(self._sources), "a resident adapter is not registered"
+        for key in resident:
+            counts = {group: len(tiles) for group, tiles in self._memory[key].tiles.items()}
             assert counts == self._sources[key].num_tiles, "an adapter's tiles are not what its header asks"

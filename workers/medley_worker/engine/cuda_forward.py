@@ -1,11 +1,10 @@
 """`forward.Forward` on CUDA, one step ahead of the host: inputs up in one copy, results down in one.
 
-Owns the memory that steps read and write at fixed places, on the device and pinned. Steps of decode rows alone
-replay graphs; steps with prompt chunks run operator by operator. It decides nothing: what runs is the plan's.
+Owns the memory that steps write at fixed places, on the device and pinned; passes (cuda_passes.py) read theirs. Steps
+of decode rows alone replay graphs; steps with prompt chunks run operator by operator. It decides nothing: what runs is
+the plan's. The other ranks of the model are told each pass before it is launched.
 
 | memory | written by | read by |
-| an input's block and plans | the host, once their last copies are done | the pass's copies |
-| the device's block | that copy, in stream order | the pass |
 | last_token | each draw | the next step, for rows whose newest token the host has not read |
 | an output's results | the step's last copy | the host, after the output's event |
 """
@@ -20,26 +19,23 @@ import torch
 from torch import Tensor
 
 from medley_worker.engine.adapters import AdapterCache
+from medley_worker.engine.cuda_passes import NUM_BUFFERS, CudaPasses
 from medley_worker.engine.cuda_scores import Asked
-from medley_worker.engine.decode_graphs import DecodeGraphs
+from medley_worker.engine.parallel.followers import Followers
 from medley_worker.engine.plans import Rows, StepPlan
 from medley_worker.engine.results import StepResult
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.sampling_rows import sampling_rows
 from medley_worker.engine.scheduler import Scheduler
-from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets, step_contents
+from medley_worker.engine.step_inputs import StepContents, step_contents
 from medley_worker.engine.token_passes import token_passes
-from medley_worker.models import Decoder, ForwardBatch, KVCache
+from medley_worker.models import Decoder, KVCache
 from medley_worker.ops.greedy import greedy
 from medley_worker.ops.memory import Memory, PlainMemory
-from medley_worker.ops.paged import PagedPlan
-from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
 from medley_worker.ops.sampling import SamplingRow, build_sampling_batch, sample
-from medley_worker.ops.sgmv import PREFILL_TOKENS, SgmvBatch, SgmvLora
+from medley_worker.ops.sgmv import SgmvBatch
 
-NUM_BUFFERS = 2  # one step runs, the next is being launched
 RESULT_BYTES = 8 + 4 + 1  # a token id, its logprob, whether the row is bad
-WARM_UP_CHUNK = 2  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +51,6 @@ class Results:
         """block: uint8, RESULT_BYTES a row or more."""
         ids, logprobs, end = 8 * num_rows, 12 * num_rows, RESULT_BYTES * num_rows
         return Results(block[:ids].view(torch.int64), block[ids:logprobs].view(torch.float32), block[logprobs:end])
-
-
-class _Input:
-    """What the host writes of one pass."""
-
-    def __init__(self, layout: BlockLayout, windows: tuple[int | None, ...]) -> None:
-        self.block = torch.zeros(layout.num_ints, dtype=torch.int32).pin_memory()
-        self.numbers = self.block.numpy()
-        self.fields = layout.cut(self.block)
-        self.plans = PlanMemory(windows)
-        self.read = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class _Output:
@@ -98,7 +83,7 @@ class CudaTicket:
         )
 
 
-class CudaForward:
+class CudaForward(CudaPasses):
     """One model, its cache and its resident adapters on one CUDA device.
 
     max_tokens: the scheduler's token budget of a step. is_invariant: every step runs as passes of one shape
@@ -118,43 +103,28 @@ class CudaForward:
         *,
         max_tokens: int,
         is_invariant: bool = False,
+        others: Followers | None = None,
         memory: Memory | None = None,
     ) -> None:
-        """memory: where logits and workspaces lie on the device; None: torch's own."""
-        self._decoder, self._kv, self._adapters = decoder, kv, adapters
-        self._rows, self._scheduler = rows, scheduler
-        self._is_invariant = is_invariant
-        num_rows = rows.num_rows
-        self._buckets = (num_rows,) if is_invariant else row_buckets(num_rows)
-        self._layout = BlockLayout(
-            max_tokens=num_rows + (0 if is_invariant else max_tokens),
-            max_rows=num_rows,
-            max_sequences=2 * num_rows,  # padded decode rows, and a chunk for each row
-            # Tokens of one chunk name the same pages, each for itself.
-            max_pages=num_rows * rows.page_table.shape[1] if is_invariant else kv.num_pages + num_rows,
-        )
-        device = decoder.device
-        self._block = torch.zeros(self._layout.num_ints, dtype=torch.int32, device=device)
-        self._fields = self._layout.cut(self._block)
-        self._results = torch.zeros(RESULT_BYTES * num_rows, dtype=torch.uint8, device=device)
-        memory = PlainMemory(device) if memory is None else memory
-        self._logits = memory.cleared((num_rows, decoder.config.vocab_size), torch.float32)
-        # One more: what padded rows draw goes there.
-        self._last_token = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self._attention = PagedAttention(
-            decoder.config,
-            decoder.dtype,
-            page_size=kv.page_size,
-            buckets=self._buckets,
-            kv_indptr=self._fields.kv_indptr,
-            kv_indices=self._fields.kv_indices,
-            last_page_len=self._fields.last_page_len,
+        """others: the ranks that have the rest of the model. memory: where logits and workspaces lie on the device;
+        None: torch's own.
+        """
+        memory = PlainMemory(decoder.device) if memory is None else memory
+        super().__init__(
+            decoder,
+            kv,
+            adapters,
+            memory,
+            num_rows=rows.num_rows,
+            max_row_pages=rows.page_table.shape[1],
+            max_tokens=max_tokens,
             is_invariant=is_invariant,
-            memory=memory,
         )
-        self._inputs = cycle([_Input(self._layout, self._attention.windows) for _ in range(NUM_BUFFERS)])
+        self._adapters, self._rows, self._scheduler, self._others = adapters, rows, scheduler, others
+        num_rows, device = rows.num_rows, decoder.device
+        self._results = torch.zeros(RESULT_BYTES * num_rows, dtype=torch.uint8, device=device)
+        self._logits = memory.cleared((num_rows, decoder.config.vocab_size), torch.float32)
         self._outputs = cycle([_Output(num_rows) for _ in range(NUM_BUFFERS)])
-        self._graphs = DecodeGraphs()
         with torch.inference_mode(), torch.cuda.device(device):
             self._warm_up()
 
@@ -227,68 +197,17 @@ class CudaForward:
         output.done.record()
         return CudaTicket(output, num_rows, num_sampled, asked)
 
-    def _send(self, contents: StepContents) -> None:
-        """Bring a pass's inputs to the device and plan its attention."""
-        source = next(self._inputs)
-        source.read.synchronize()  # two passes ago: done long since, or the host is far enough ahead
-        num_ints = self._layout.write(contents, source.numbers, self._kv.page_size)
-        self._block[:num_ints].copy_(source.block[:num_ints], non_blocking=True)
-        split, end, host = contents.num_decode_rows, contents.num_sequences, source.fields
-        if split:
-            self._attention.plan_decode(split, host.kv_indptr[: split + 1], host.last_page_len[:split], source.plans)
-        if split < end:
-            self._attention.plan_prefill(
-                host.qo_indptr[: end - split + 1],
-                host.kv_indptr[split : end + 1],
-                host.last_page_len[split:end],
-                host.kv_len[split:end],
-                source.plans,
-            )
-        source.read.record()
-
     def _lora(self, contents: StepContents, begins_step: bool = True) -> SgmvBatch | None:
+        """The adapters of a pass, of which the other ranks are told here, before anything of it is launched."""
         indices = np.append(self._rows.adapter_index, 0)[contents.sequence_rows]  # the spare row has no adapter
         keys = [self._scheduler.adapter_of(index) for index in indices.tolist()]
+        if self._others is not None:
+            load_ids = [None if key is None else self._adapters.load_id(key) for key in keys]
+            arrays = (contents.num_new, contents.kv_len, contents.kv_indices)
+            self._others.run(contents.num_decode_rows, *arrays, load_ids, begins_step=begins_step)
         batch = self._adapters.lora_batch(keys, contents.num_new.tolist(), begins_step=begins_step)
         assert batch is None or isinstance(batch, SgmvBatch)
         return batch
-
-    def _batch(self, contents: StepContents, lora: SgmvBatch | None, logit_rows: Tensor | None) -> ForwardBatch:
-        """What the decoder computes of a step whose inputs are on their way. logit_rows: None takes every token row."""
-        fields, attention = self._fields, self._attention
-        split, num_tokens, num_sequences = contents.num_decode_rows, contents.num_tokens, contents.num_sequences
-        token_ids = fields.token_ids[:num_tokens].to(torch.int64)
-        if split:
-            newest = self._last_token.index_select(0, fields.token_rows[:split])
-            decode_ids = token_ids[:split]
-            decode_ids.copy_(torch.where(decode_ids < 0, newest, decode_ids))
-        plan = PagedPlan(
-            num_decode_rows=split,
-            decode=attention.decode_kernels(split) if split else {},
-            prefill=attention.prefill_kernels() if split < num_sequences else {},
-            positions=fields.positions[:num_tokens],
-            sequences=fields.sequences[:num_tokens],
-            kv_indptr=fields.kv_indptr[: num_sequences + 1],
-            kv_indices=fields.kv_indices,
-            last_page_len=fields.last_page_len[:num_sequences],
-        )
-        return ForwardBatch(
-            token_ids=token_ids,
-            positions=plan.positions,
-            num_decode_rows=split,
-            logit_rows=logit_rows,
-            attention=plan,
-            lora=lora,
-        )
-
-    def _decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
-        """A step of decode rows alone, with its greedy draw; the first of its kind is captured for those after it."""
-        bucket, has_lora = contents.num_decode_rows, lora is not None
-        if self._graphs.has(bucket, has_lora):
-            self._graphs.replay(bucket, has_lora)
-            return
-        self._compute_decode(contents, lora)
-        self._graphs.capture(bucket, has_lora, lambda: self._compute_decode(contents, lora))
 
     def _compute_decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         bucket = contents.num_decode_rows
@@ -304,19 +223,3 @@ class CudaForward:
         results.logprobs[:num_rows].copy_(drawn.logprobs)
         results.is_bad[:num_rows].copy_(drawn.is_nan)
         self._last_token.index_copy_(0, rows, drawn.token_ids)
-
-    def _warm_up(self) -> None:
-        """Build every kernel and capture the steps of each bucket, the largest first."""
-        spare_row, spare_page = self._rows.num_rows, self._kv.spare_page
-        if not self._is_invariant:
-            contents = empty_contents(0, WARM_UP_CHUNK, spare_row, spare_page)
-            self._send(contents)
-            self._decoder.forward(self._batch(contents, None, self._fields.logit_rows[:0]), self._kv)
-        for bucket in reversed(self._buckets):
-            contents = empty_contents(bucket, 0, spare_row, spare_page)
-            self._send(contents)
-            self._decode(contents, None)
-            # Work lists of more rows have other items, which their first step captures.
-            if isinstance(self._adapters.lora, SgmvLora) and self._adapters.num_tiles and bucket < PREFILL_TOKENS:
-                self._decode(contents, self._adapters.lora.capture_batch())
-        torch.cuda.synchronize()

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -43,11 +44,15 @@ class Engine:
     load of an adapter, the first step), so that the caller can say whom to suspect.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model. Raises UnsupportedModel, or ValueError naming a field of `config`."""
+    def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] | None = None) -> None:
+        """Load the model. Raises UnsupportedModel, or ValueError naming a field of `config`.
+
+        on_rank_death: called on a thread when another rank of the model has died, with the reason. By default `step`
+        raises RankDied.
+        """
         self.config = config
         self.on_entering: Callable[[list[RequestId]], None] | None = None
-        self._open: Parts | None = assemble(config, self._announce)
+        self._open: Parts | None = assemble(config, self._announce, on_rank_death)
         self._is_asleep = False
         self._pipeline = Pipeline(self._parts.forward, self._parts.rows, self._parts.scheduler)
         self._grammars = Grammars(Path(config.model_dir), self.vocab_size, self._parts.model.eos_token_ids)
@@ -75,6 +80,7 @@ class Engine:
         adapter_host_bytes: int | None = None,
         max_tpot_ms: float | None = None,
         batch_invariant: bool = False,
+        tensor_parallel: int = 1,
         sleeps: bool = False,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
@@ -83,8 +89,9 @@ class Engine:
         adapter_slots: room for this many adapters of the largest rank. load_format "random" needs config.json
         alone. seed: of random weights, and of the seeds drawn for requests that bring none. adapter_host_bytes:
         memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
-        rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost. sleeps: `sleep` will
-        be called.
+        rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost. tensor_parallel: devices
+        that share the model, `device` and those after it, each with a process of its own. sleeps: `sleep` will be
+        called.
         """
         return cls(
             EngineConfig(
@@ -102,6 +109,7 @@ class Engine:
                 adapter_host_bytes=adapter_host_bytes,
                 max_tpot_ms=max_tpot_ms,
                 batch_invariant=batch_invariant,
+                tensor_parallel=tensor_parallel,
                 sleeps=sleeps,
             )
         )
@@ -122,7 +130,7 @@ class Engine:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether `sleep` gives the device's memory back: asked for by `sleeps`, and possible on this device."""
+        """Whether `sleep` gives the devices' memory back: asked for by `sleeps`, and possible on each of them."""
         return self._parts.memory.can_sleep
 
     @property
@@ -131,8 +139,9 @@ class Engine:
 
     @property
     def device_bytes(self) -> int:
-        """Of the device's memory that this process holds now; 0 on a CPU."""
-        return self._parts.usage.num_bytes
+        """Of the memory of all its devices, held by its processes now; 0 on a CPU."""
+        ranks = self._parts.ranks
+        return self._parts.usage.num_bytes + (0 if ranks is None else ranks.followers.device_bytes)
 
     @property
     def has_work(self) -> bool:
@@ -224,8 +233,14 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step: admit, launch, and read what was launched `depth` steps before.
 
-        Returns what is new for requests that are streamed or ended.
+        Returns what is new for requests that are streamed or ended. Raises RankDied where another rank of the model has
+        died; the engine is of no use then but to be closed.
         """
+        ranks = self._parts.ranks
+        with nullcontext() if ranks is None else ranks.followers.watched():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         started = time.perf_counter()
         outputs = self.take_outputs()
         if self._grammars.num_waiting:
@@ -283,7 +298,7 @@ class Engine:
         return released
 
     def sleep(self) -> None:
-        """Give the device's memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
+        """Give the devices' memory back: weights stay on the host, KV cache and adapters' tiles nowhere.
 
         Addresses stay, and with them what was captured. Raises RuntimeError with requests in flight, where `can_sleep`
         is false, or, as OSError too, where the host has no room for the weights; the engine stays awake then.
@@ -299,9 +314,10 @@ class Engine:
         self._is_asleep = True
 
     def wake(self) -> None:
-        """Have the memory again, with the weights in it, at the same addresses.
+        """Have the memory again, with the weights in it, at the same addresses, on every rank.
 
-        Raises RuntimeError where the device has not that much any more; it may be tried again.
+        Raises RuntimeError where a device has not that much any more, none is taken then and it may be tried again;
+        RankDied.
         """
         if self._is_asleep:
             self._parts.memory.wake()
@@ -348,8 +364,9 @@ class Engine:
             num_pages=parts.pages.num_pages,
             tiles_used=residency.tiles_used,
             num_tiles=residency.num_tiles,
-            device_bytes=parts.usage.num_bytes,
+            device_bytes=self.device_bytes,
             resident=residency.revisions,
+            num_devices=self.config.tensor_parallel,
         )
 
     def in_rows(self) -> tuple[list[RequestId], list[RequestId]]:
@@ -364,9 +381,14 @@ class Engine:
     def close(self) -> None:
         """Drop every request and all memory; the engine is of no use afterwards. May be called twice."""
         if self._open is not None:
-            self.abort(list(self._sequences))
+            parts = self._open
+            is_whole = parts.ranks is None or parts.ranks.followers.death is None
+            if is_whole:  # else the steps in flight never end
+                self.abort(list(self._sequences))
             self._grammars.close()
-            self._open.residency.close()
+            parts.residency.close()
+            if parts.ranks is not None:
+                parts.ranks.close(parts.forward)
             self._open = None
 
     def check_integrity(self) -> None:

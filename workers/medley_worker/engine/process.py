@@ -58,6 +58,7 @@ from medley.spec.wire import (
 )
 from medley_worker.engine.engine import Engine
 from medley_worker.engine.outbox import Outbox
+from medley_worker.engine.parallel.followers import end_process, rank_device
 from medley_worker.engine.requests import Request, RequestOutput
 from medley_worker.engine.sequences import AlreadyInFlight, Refused, RequestId
 from medley_worker.engine.sizing import cpu_threads
@@ -128,9 +129,11 @@ class Service:
         self._send(self._stats())
 
     def _stats(self) -> EngineStats:
-        if self._engine.config.device == "cpu":
+        config = self._engine.config
+        if config.device == "cpu":
             return self._engine.stats()
-        total = torch.cuda.get_device_properties(self._engine.config.device).total_memory
+        devices = [rank_device(config, rank) for rank in range(config.tensor_parallel)]
+        total = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
         return msgspec.structs.replace(self._engine.stats(), device_total_bytes=total)
 
     def _batch(self) -> list[Batch]:
@@ -288,16 +291,16 @@ def main() -> int:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cpu_threads())
     connection = socket.socket(fileno=arguments.fd)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=read_bodies, args=(connection, inbox), name="inbox", daemon=True).start()
     started = time.monotonic()
     config = msgspec.msgpack.decode(inbox.get(), type=EngineConfig)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cpu_threads() // max(1, config.tensor_parallel)))
     try:
         failpoint = Failpoint(os.environ.get("MEDLEY_ENGINE_FAILPOINT"))
-        engine = Engine(config)
+        engine = Engine(config, on_rank_death=end_process)
         engine.prepare_grammars()
     except (ValueError, OSError) as error:
         log.error("engine.unbuildable", reason=str(error))

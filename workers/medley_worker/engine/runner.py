@@ -11,12 +11,14 @@ from torch import Tensor
 
 from medley_worker.engine.adapters import AdapterCache
 from medley_worker.engine.forward import DoneTicket
+from medley_worker.engine.parallel.followers import Followers
 from medley_worker.engine.plans import Rows, StepPlan
 from medley_worker.engine.results import Scores, StepResult, Tops
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.sampling_rows import sampling_rows
 from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.score_pass import Targets, score_rows, targets_of, topped_rows
+from medley_worker.engine.step_inputs import held_pages
 from medley_worker.models import Decoder, KVCache, build_batch
 from medley_worker.ops.lora import LoraBatch
 from medley_worker.ops.sampling import build_sampling_batch, sample
@@ -29,8 +31,16 @@ class ModelForward:
     depth = 0
 
     def __init__(
-        self, decoder: Decoder, kv: KVCache, adapters: AdapterCache, rows: RowTable, scheduler: Scheduler
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        adapters: AdapterCache,
+        rows: RowTable,
+        scheduler: Scheduler,
+        others: Followers | None = None,
     ) -> None:
+        """others: the ranks that share the model, which are told each pass before it is run."""
+        self._others = others
         self._decoder = decoder
         self._kv = kv
         self._adapters = adapters
@@ -50,6 +60,10 @@ class ModelForward:
         token_ids = [rows.token_ids[plan.decode_rows, kv_len[:num_decode] - 1]]
         token_ids += [rows.token_ids[c.row, c.start : c.start + c.num_tokens] for c in plan.chunks]
         keys = [self._scheduler.adapter_of(index) for index in rows.adapter_index[order].tolist()]
+        if self._others is not None:
+            load_ids = [None if key is None else self._adapters.load_id(key) for key in keys]
+            pages = held_pages(rows, order, -(-kv_len // rows.page_size))
+            self._others.run(num_decode, num_new, kv_len, pages, load_ids)
         lora = self._adapters.lora_batch(keys, num_new.tolist())
         assert lora is None or isinstance(lora, LoraBatch)
         batch = build_batch(

@@ -101,33 +101,35 @@ def size_engine(config: EngineConfig, model: BaseModel, shape: Shape, memory: De
     return EngineSizes(num_rows, max_len, step_tokens, num_pages, shape.page_size, num_tiles)
 
 
-def activation_bytes(model: BaseModel, dtype_bytes: int, step_tokens: int, num_rows: int) -> int:
+def activation_bytes(model: BaseModel, dtype_bytes: int, step_tokens: int, num_rows: int, num_ranks: int = 1) -> int:
     """What a step needs beside weights, KV and adapters, by estimate.
 
     A token's widest moment: the residual and its norm, q, k, v and the attention's output, gate, up and their
-    product; half as much again for what the allocator cannot use in between. Then the logits of each row.
+    product; half as much again for what the allocator cannot use in between. Then the logits of each row, and what
+    more than two ranks take to add in their order.
     """
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     a_token = (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype_bytes
-    return step_tokens * a_token * 3 // 2 + num_rows * model.vocab_size * LOGIT_BYTES + CUDA_FIXED_BYTES
+    sums = step_tokens * model.hidden_size * (num_ranks * dtype_bytes + 4) if num_ranks > 2 else 0
+    return step_tokens * a_token * 3 // 2 + num_rows * model.vocab_size * LOGIT_BYTES + sums + CUDA_FIXED_BYTES
 
 
 def host_copy_bytes(config: EngineConfig, free_host_bytes: int) -> int:
-    """Bytes of packed adapters that are kept in host memory."""
+    """Bytes of packed adapters that one rank keeps in host memory; the engine's are divided among its ranks."""
     if config.adapter_host_bytes is not None:
         if config.adapter_host_bytes < 0:
             raise ValueError(f"adapter_host_bytes: got {config.adapter_host_bytes}, wanted 0 or more")
-        return config.adapter_host_bytes
+        return config.adapter_host_bytes // config.tensor_parallel
     if not config.device.startswith("cuda"):
-        return CPU_HOST_BYTES
-    return min(CUDA_HOST_BYTES, int(free_host_bytes * CUDA_HOST_SHARE))
+        return CPU_HOST_BYTES // config.tensor_parallel
+    return min(CUDA_HOST_BYTES, int(free_host_bytes * CUDA_HOST_SHARE)) // config.tensor_parallel
 
 
 def _share(
     config: EngineConfig, model: BaseModel, shape: Shape, memory: DeviceMemory, step_tokens: int
 ) -> tuple[int, int]:
     """(adapter tiles, bytes of KV cache) out of a device's free memory."""
-    activations = activation_bytes(model, shape.dtype_bytes, step_tokens, config.max_num_seqs)
+    activations = activation_bytes(model, shape.dtype_bytes, step_tokens, config.max_num_seqs, config.tensor_parallel)
     left = memory.free_bytes - activations
     taken = f"{memory.weight_bytes} bytes of weights and {activations} of activations"
     if left < shape.page_bytes:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medley.spec.base_models import BaseModel
 from medley_worker.models.batch import ForwardBatch
 from medley_worker.models.kv import KVCache, kv_page_size
+from medley_worker.models.sharding import Shard
 from medley_worker.ops.backend import new_backend
+from medley_worker.ops.collectives import Alone, Collectives
 from medley_worker.ops.memory import Memory
 
 
@@ -36,20 +37,31 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    embedding: Tensor  # [V, H]
+    """Embedding, last norm and LM head are None on all ranks but the first."""
+
+    embedding: Tensor | None  # [V, H]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor  # [H]
-    lm_head: Tensor  # [H, V]
+    final_norm: Tensor | None  # [H]
+    lm_head: Tensor | None  # [H, V]
 
 
 class Decoder:
-    """A loaded model: `forward` turns one step's tokens into logits and writes their keys and values."""
+    """A loaded model: `forward` turns one step's tokens into logits and writes their keys and values.
 
-    def __init__(self, config: BaseModel, weights: DecoderWeights) -> None:
-        self.config = config
+    Of a model that several ranks share, this is one rank's part, `config` the part's shape. Every rank runs `trunk` on
+    the same step; tokens go in and logits come out on the first rank alone.
+    """
+
+    def __init__(self, shard: Shard, weights: DecoderWeights) -> None:
+        self.shard, self.config = shard, shard.part
         self._weights = weights
-        self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
-        self._ops = new_backend(config, self.dtype, self.device)
+        self._ranks: Collectives = Alone()
+        self.dtype, self.device = weights.layers[0].qkv.dtype, weights.layers[0].qkv.device
+        self._ops = new_backend(self.config, self.dtype, self.device)
+
+    def join(self, ranks: Collectives) -> None:
+        """Compute with these others from now on."""
+        self._ranks = ranks
 
     def new_kv_cache(self, num_pages: int, page_size: int | None = None, memory: Memory | None = None) -> KVCache:
         """An empty cache of this model's shape, dtype and device. page_size: tokens; None: the device's own.
@@ -82,7 +94,7 @@ class Decoder:
             kv.clear(batch.attention.fresh_pages)
         ops, weights = self._ops, self._weights
         rope = ops.rope(batch.positions)
-        residual = ops.embed(batch.token_ids, weights.embedding)  # [T, H]
+        residual = self._embed(batch.token_ids)  # [T, H]
         x = ops.rms_norm(residual, weights.layers[0].input_norm)
         for index, layer in enumerate(weights.layers):
             if index > 0:
@@ -100,12 +112,25 @@ class Decoder:
         where given.
         """
         ops, weights = self._ops, self._weights
+        final_norm, lm_head = weights.final_norm, weights.lm_head
+        assert final_norm is not None, "the first rank has the head"
+        assert lm_head is not None, "the first rank has the head"
         if rows is not None:
             if len(rows) == 0:
                 return x.new_empty((0, self.config.vocab_size), dtype=torch.float32)
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
-        x = ops.add_rms_norm(x, residual, weights.final_norm)
-        return ops.logits(x, weights.lm_head, out)
+        x = ops.add_rms_norm(x, residual, final_norm)
+        return ops.logits(x, lm_head, out)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """[T, H] on every rank; the others need no tokens, only how many there are."""
+        weight = self._weights.embedding
+        if weight is not None:
+            x = self._ops.embed(token_ids, weight)
+        else:
+            x = torch.empty((len(token_ids), self.config.hidden_size), dtype=self.dtype, device=self.device)
+        self._ranks.spread(x)
+        return x
 
     def _attention(
         self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch, kv: KVCache, rope: tuple[Tensor, ...]
@@ -117,7 +142,9 @@ class Decoder:
         cache, window = (kv.k[index], kv.v[index]), self.config.layer_windows[index]
         y = ops.attention(qkv, layer.qk_norm, rope, cache, batch.attention, window)
         out = ops.linear(y, layer.o)
+        # A rank's part of the update goes into its part of the product, so that one sum is of both.
         ops.lora_apply(out, y, "o", index, batch.lora)
+        self._ranks.add(out)
         return out
 
     def _mlp(self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch) -> Tensor:
@@ -128,4 +155,5 @@ class Decoder:
         inner = ops.silu_mul(gate_up)
         out = ops.linear(inner, layer.down)
         ops.lora_apply(out, inner, "down", index, batch.lora)
+        self._ranks.add(out)
         return out

@@ -17,6 +17,7 @@ from medley.spec.adapters import FLOAT_DTYPES
 from medley.spec.base_models import BaseModel, UnsupportedModel, linear_sites, read_base_model
 from medley.spec.errors import Fault
 from medley_worker.models.decoder import Decoder, DecoderWeights, LayerWeights
+from medley_worker.models.sharding import Shard, shard_of
 from medley_worker.ops.memory import Memory, PlainMemory
 
 LOAD_FORMATS = ("safetensors", "random")
@@ -31,24 +32,30 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     load_format: str = "safetensors",
     seed: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
     memory: Memory | None = None,
 ) -> Decoder:
-    """The model in a folder, on `device`, in `dtype`. memory: where its weights lie on `device`; None: torch's own.
+    """The model in a folder, on `device`, in `dtype`; of several ranks, the share of one, which `join`s the others.
+
+    memory: where its weights lie on `device`; None: torch's own.
 
     load_format "random" makes weights from the configuration and `seed`, and reads no weight files.
-    Raises UnsupportedModel with every fault of configuration or weights, ValueError for an unknown load_format.
+    Raises UnsupportedModel with every fault of configuration or weights, ValueError for an unknown load_format or a
+    number of ranks that does not divide the model.
     """
     model_dir = Path(model_dir)
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}, wanted one of {', '.join(LOAD_FORMATS)}")
     config = read_base_model(model_dir, need_weights=load_format == "safetensors")
     device = torch.device(device)
-    places = _Places(config, dtype, PlainMemory(device) if memory is None else memory)
+    shard = shard_of(config, rank, num_ranks)
+    places = _Places(shard, dtype, PlainMemory(device) if memory is None else memory)
     if load_format == "random":
-        _fill_randomly(places, config, seed)
+        _fill_randomly(places, shard, seed)
     else:
-        _read_into(places, model_dir, config)
-    return Decoder(config, places.pack())
+        _read_into(places, model_dir, shard)
+    return Decoder(shard, places.pack())
 
 
 def tensor_shapes(config: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -78,12 +85,12 @@ class _Places:
     So a weight is written once, where it stays: packing copies nothing on CUDA, and a layer at a time on CPU.
     """
 
-    def __init__(self, config: BaseModel, dtype: torch.dtype, memory: Memory) -> None:
-        self._config = config
+    def __init__(self, shard: Shard, dtype: torch.dtype, memory: Memory) -> None:
+        config = self._config = shard.part
         self._by_name: dict[str, Tensor] = {}
         self._groups: dict[str, Tensor] = {}  # by the name of the group's first tensor
         shapes = tensor_shapes(config)
-        groups = _groups(config)
+        groups = [names for names in _groups(config) if shard.holds(names[0])]
         whole = [(sum(shapes[name][0] for name in names), *shapes[names[0]][1:]) for names in groups]
         blocks = memory.kept([math.prod(shape) * dtype.itemsize for shape in whole])
         for names, shape, block in zip(groups, whole, blocks, strict=True):
@@ -91,6 +98,7 @@ class _Places:
             group = flat.view(shape[::-1]).t() if _is_row_major(names[0], flat.device) else flat.view(shape)
             self._groups[names[0]] = group
             self._by_name |= dict(zip(names, torch.split(group, [shapes[name][0] for name in names]), strict=True))
+        self.dtype, self.device = group.dtype, group.device
 
     def __getitem__(self, name: str) -> Tensor:
         """Where the tensor `name` is to be written."""
@@ -100,7 +108,9 @@ class _Places:
         """The weights, once all are written. Called once: it gives them away."""
         self._by_name.clear()
         layers = tuple(self._pack_layer(f"model.layers.{layer}") for layer in range(self._config.num_layers))
-        embedding = self._groups.pop("model.embed_tokens.weight")
+        embedding = self._groups.pop("model.embed_tokens.weight", None)
+        if embedding is None:
+            return DecoderWeights(None, layers, None, None)
         head = embedding if self._config.tie_word_embeddings else self._groups.pop("lm_head.weight")
         return DecoderWeights(embedding, layers, self._groups.pop("model.norm.weight"), _transposed(head))
 
@@ -153,7 +163,9 @@ def _transposed(weight: Tensor) -> Tensor:
     return weight.t() if weight.device.type == "cuda" else weight.t().contiguous()
 
 
-def _read_into(places: _Places, model_dir: Path, config: BaseModel) -> None:
+def _read_into(places: _Places, model_dir: Path, shard: Shard) -> None:
+    """Every rank checks every tensor, so that all refuse what one refuses; each reads what it holds."""
+    config = shard.whole
     shapes = tensor_shapes(config)
     found: set[str] = set()
     faults: list[Fault] = []
@@ -181,7 +193,8 @@ def _read_into(places: _Places, model_dir: Path, config: BaseModel) -> None:
                         refuse(f"{file}: {name}", f"dtype {kind}", " or ".join(FLOAT_DTYPES))
                     else:
                         found.add(name)
-                        places[name].copy_(weights.get_tensor(name))  # one tensor of the mapped file on the host
+                        if shard.holds(name):
+                            places[name].copy_(entry[shard.cut(name)])  # one tensor of the mapped file on the host
         except (SafetensorError, OSError) as error:
             refuse(file, str(error)[:200], "a readable safetensors file")
     for name in shapes.keys() - found:
@@ -196,16 +209,24 @@ def _is_ignored(name: str, config: BaseModel) -> bool:
     return is_tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def _fill_randomly(places: _Places, config: BaseModel, seed: int) -> None:
-    """Norms 1, biases 0, weights normal: in the order of `tensor_shapes`, which the generator's stream follows."""
-    generator: torch.Generator | None = None
-    for name in tensor_shapes(config):
-        tensor = places[name]
-        if generator is None:
-            generator = torch.Generator(device=tensor.device).manual_seed(seed)
+def _fill_randomly(places: _Places, shard: Shard, seed: int) -> None:
+    """Norms 1, biases 0, weights normal: in the order of `tensor_shapes`, which the generator's stream follows.
+
+    Each rank draws every tensor whole and keeps its share, so that the model is the same on any number of ranks.
+    """
+    generator = torch.Generator(device=places.device).manual_seed(seed)
+    for name, shape in tensor_shapes(shard.whole).items():
+        is_held = shard.holds(name)
         if name.endswith("norm.weight"):
-            tensor.fill_(1)
+            if is_held:
+                places[name].fill_(1)
         elif name.endswith(".bias"):
-            tensor.zero_()
+            if is_held:
+                places[name].zero_()
+        elif is_held and places[name].shape == shape:
+            places[name].normal_(std=RANDOM_STD, generator=generator)
         else:
-            tensor.normal_(std=RANDOM_STD, generator=generator)
+            whole = torch.empty(shape, dtype=places.dtype, device=places.device)
+            whole.normal_(std=RANDOM_STD, generator=generator)
+            if is_held:
+                places[name].copy_(whole[shard.cut(name)])

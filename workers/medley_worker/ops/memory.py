@@ -19,25 +19,12 @@ import torch
 from torch import Tensor
 
 
-class Memory(Protocol):
-    """Tensors of one device. Whoever calls `sleep` sees to it that nobody reads or writes them until `wake` is over."""
+class Sleeper(Protocol):
+    """Gives memory back. Whoever calls `sleep` sees to it that nobody reads or writes it until `wake` is over."""
 
     @property
     def can_sleep(self) -> bool:
         """Whether `sleep` gives memory back here."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the device's memory, taken by tensors from here beyond what torch's own allocator knows."""
-        ...
-
-    def kept(self, sizes: Sequence[int]) -> list[Tensor]:
-        """A tensor [size] uint8 for each size, with anything in it, fit for any dtype."""
-        ...
-
-    def cleared(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros, now and after each sleep."""
         ...
 
     def sleep(self) -> None:
@@ -51,6 +38,23 @@ class Memory(Protocol):
 
         Raises RuntimeError where the device has not that much any more; none is taken then, and it may be tried again.
         """
+        ...
+
+
+class Memory(Sleeper, Protocol):
+    """Tensors of one device."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the device's memory, taken by tensors from here beyond what torch's own allocator knows."""
+        ...
+
+    def kept(self, sizes: Sequence[int]) -> list[Tensor]:
+        """A tensor [size] uint8 for each size, with anything in it, fit for any dtype."""
+        ...
+
+    def cleared(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeros, now and after each sleep."""
         ...
 
 

@@ -177,6 +177,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         adapter_host_bytes=worker.adapter_host_bytes,
         max_tpot_ms=worker.max_tpot_ms,
         batch_invariant=worker.batch_invariant,
+        tensor_parallel=worker.tensor_parallel,
         sleeps=worker.keeps_engine,
     )
 
