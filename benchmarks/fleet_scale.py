@@ -70,7 +70,9 @@ def dispatcher(servers: EmbeddedServers, pool: str, log: Path) -> Iterator[subpr
     }
     with (
         log.open("ab") as output,
-        subprocess.Popen([sys.executable, "-m", "medley", "dispatcher"], env=environ, stdout=output, stderr=output) as process,
+        subprocess.Popen(
+            [sys.executable, "-m", "medley", "dispatcher"], env=environ, stdout=output, stderr=output
+        ) as process,
     ):
         try:
             yield process
@@ -256,7 +258,9 @@ def _write(rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
             "over_few_queued": round(large / max(1, small), 3),
         }
     summary["peak_rss_mib"] = max(row["peak_rss_mib"] for row in rows if "peak_rss_mib" in row)
-    path = record.write("fleet-scale", f"python -m benchmarks.fleet_scale {' '.join(sys.argv[1:])}".strip(), [summary, *rows])
+    path = record.write(
+        "fleet-scale", f"python -m benchmarks.fleet_scale {' '.join(sys.argv[1:])}".strip(), [summary, *rows]
+    )
     record.say(f"{summary}\nwrote {path}")
 
 

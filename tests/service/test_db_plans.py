@@ -25,7 +25,11 @@ def lanes(ledger: Ledger) -> list[UUID]:
 
 
 def test_a_full_queue_is_claimed_from_and_looked_at_by_index(ledger: Ledger, lanes: list[UUID]) -> None:
-    claim = {"pool": ledger.pool, "worker": ledger.start_worker(), "lanes": lanes, "counts": [3] * NUM_LANES}
+    parts = {ledger.start_worker(): queue.Part() for _ in range(10)}
+    for number, lane in enumerate(lanes):
+        for part in list(parts.values())[number % 3 :: 3]:
+            part.add(lane, 3)
+    claim = queue._wants(ledger.pool, parts)
     at_stake = {"jobs": [], "limit": 1}
     with ledger.working() as conn:
         plans = [

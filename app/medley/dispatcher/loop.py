@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
@@ -356,27 +357,31 @@ class Dispatcher:
             self._ringer.send_task(RUN_JOBS_TASK, (), queue=worker_queue(worker))
 
     def _claim(self, plan: Plan) -> int:
-        """Claims in the order of turns, some of one worker's a transaction, and rings. Returns how many jobs."""
-        num_claimed = 0
+        """Claims in the order of turns, `MAX_JOBS_A_CLAIM` a transaction, and rings. Returns how many jobs."""
+        num_claimed = num_jobs = 0
         parts: dict[UUID, queue.Part] = {}
         for assignment in plan.assignments:
             part = parts.setdefault(assignment.worker, queue.Part())
             part.add(assignment.lane, assignment.num_jobs, assignment.load_tokens)
-            if part.num_jobs >= MAX_JOBS_A_CLAIM:
-                num_claimed += self._claim_part(assignment.worker, parts.pop(assignment.worker))
-        for worker, part in parts.items():
-            num_claimed += self._claim_part(worker, part)
-        return num_claimed
+            num_jobs += assignment.num_jobs
+            if num_jobs >= MAX_JOBS_A_CLAIM:
+                num_claimed += self._claim_parts(parts)
+                parts, num_jobs = {}, 0
+        return num_claimed + (self._claim_parts(parts) if parts else 0)
 
-    def _claim_part(self, worker: UUID, part: queue.Part) -> int:
-        claimed = self._write(lambda conn: queue.claim(conn, self._pool, worker, part.lanes, part.load_tokens))
-        self._planner.see_claims(worker, [(c.lane, c.est_tokens) for c in claimed], self._clock())
-        ids = [c.job.hex for c in claimed]
-        for start in range(0, len(ids), MAX_IDS_A_MESSAGE):
-            ids_of_message = tuple(ids[start : start + MAX_IDS_A_MESSAGE])
-            self._ringer.send_task(RUN_JOBS_TASK, ids_of_message, queue=worker_queue(worker))
-        log.debug("jobs.claimed", worker=worker.hex, num_jobs=len(ids), num_lanes=len(part.lanes))
-        return len(ids)
+    def _claim_parts(self, parts: dict[UUID, queue.Part]) -> int:
+        claimed = self._write(lambda conn: queue.claim_parts(conn, self._pool, parts))
+        by_worker: dict[UUID, list[queue.Claimed]] = defaultdict(list)
+        for job in claimed:
+            by_worker[job.worker].append(job)
+        now = self._clock()
+        for worker, jobs in by_worker.items():
+            self._planner.see_claims(worker, [(job.lane, job.est_tokens) for job in jobs], now)
+            for start in range(0, len(jobs), MAX_IDS_A_MESSAGE):
+                ids = tuple(job.job.hex for job in jobs[start : start + MAX_IDS_A_MESSAGE])
+                self._ringer.send_task(RUN_JOBS_TASK, ids, queue=worker_queue(worker))
+        log.debug("jobs.claimed", num_jobs=len(claimed), num_workers=len(by_worker))
+        return len(claimed)
 
 
 def _stands(row: Row[Any]) -> Stands:
