@@ -168,8 +168,8 @@ def reclaim(conn: Connection, pool: str, limit: int = 2_000) -> int:
     """
     rows = conn.execute(
         text(
-            "SELECT j.id, j.batch_id, j.worker_id FROM workers w"
-            " JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+            "SELECT j.id, j.batch_id, j.worker_id FROM workers w CROSS JOIN LATERAL"
+            " (SELECT * FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased' LIMIT :limit) j"
             " WHERE w.pool = :pool AND w.state = 'gone' ORDER BY j.id LIMIT :limit"
         ),
         {"pool": pool, "limit": limit},
