@@ -140,16 +140,53 @@ def read_workers(conn: Connection, pool: str) -> Sequence[Row[Any]]:
     return conn.execute(_READ_WORKERS, {"pool": pool}).all()
 
 
-def leased_by_lane(conn: Connection, pool: str) -> Sequence[Row[Any]]:
-    """(worker_id, lane, tenant_id, num_jobs, est_tokens) of what is leased in the pool."""
-    return conn.execute(
-        text(
-            "SELECT j.worker_id, j.lane, j.tenant_id, count(*) AS num_jobs, sum(j.est_tokens) AS est_tokens"
-            " FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
-            " WHERE w.pool = :pool AND w.state <> 'gone' GROUP BY j.worker_id, j.lane, j.tenant_id"
-        ),
-        {"pool": pool},
-    ).all()
+class Stand(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How one living worker stands, as a plan needs it; `stats` is what it last reported."""
+
+    id: UUID
+    state: WorkerState
+    desired_state: WorkerState
+    max_num_seqs: int
+    num_tiles: int
+    num_leased: int
+    unchanged_s: float
+    stats: dict[str, Any]
+
+
+_READ_STANDS = text(
+    "SELECT coalesce(json_agg(json_build_array(w.id, w.state, w.desired_state, w.max_num_seqs, w.num_tiles,"
+    "  (SELECT count(*) FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased'),"
+    "  extract(epoch FROM clock_timestamp() - w.changed_at)::float8, w.stats) ORDER BY w.id), '[]')::text"
+    " FROM workers w WHERE w.pool = :pool AND w.state <> 'gone'"
+)
+_stands_decoder = msgspec.json.Decoder(list[Stand])
+
+
+def read_stands(conn: Connection, pool: str) -> list[Stand]:
+    """The pool's living workers, in id order."""
+    return _stands_decoder.decode(conn.execute(_READ_STANDS, {"pool": pool}).scalar_one())
+
+
+_READ_HOMES = text(
+    "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
+    " SELECT unnest(resident) AS lane, id AS worker FROM workers WHERE pool = :pool AND state <> 'gone') h"
+)
+_READ_LEASED = text(
+    "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
+    " SELECT DISTINCT j.lane, w.id AS worker FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+    " WHERE w.pool = :pool AND w.state <> 'gone') h"
+)
+_pairs_decoder = msgspec.json.Decoder(list[tuple[UUID, UUID]])
+
+
+def read_resident(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
+    """(adapter revision, worker) of what living workers have in device memory."""
+    return _pairs_decoder.decode(conn.execute(_READ_HOMES, {"pool": pool}).scalar_one())
+
+
+def read_leased_lanes(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
+    """(lane, worker) of the jobs that living workers hold, each once."""
+    return _pairs_decoder.decode(conn.execute(_READ_LEASED, {"pool": pool}).scalar_one())
 
 
 def mark_gone(conn: Connection, pool: str) -> list[UUID]:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection, Engine, Row
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
@@ -303,12 +303,12 @@ class Dispatcher:
     def _plan(self, now: float) -> Plan:
         with transaction(self._engine) as conn:
             lanes = demand.read_demand(conn, self._pool)
-            rows = workers.read_workers(conn, self._pool)
+            rows = workers.read_stands(conn, self._pool)
             self._see_sizes(conn, {lane.revision for lane in lanes if lane.revision is not None})
             if now >= self._homes_due_at:
-                resident = [(lane, row.id) for row in rows for lane in row.resident]
-                leased = [(held.lane, held.worker_id) for held in workers.leased_by_lane(conn, self._pool)]
-                self._planner.see_homes(resident, leased)
+                self._planner.see_homes(
+                    workers.read_resident(conn, self._pool), workers.read_leased_lanes(conn, self._pool)
+                )
                 self._homes_due_at = now + self._tick_s
             waiting = {lane.tenant for lane in lanes}
             accounts = counters.read_accounts(conn, self._pool, waiting)
@@ -384,10 +384,10 @@ class Dispatcher:
         return len(claimed)
 
 
-def _stands(row: Row[Any]) -> Stands:
+def _stands(row: workers.Stand) -> Stands:
     return Stands(
         row.id,
-        _phase(WorkerState(row.state), WorkerState(row.desired_state)),
+        _phase(row.state, row.desired_state),
         rows_that_fit(row.max_num_seqs, row.stats),
         row.num_leased,
         row.unchanged_s,
