@@ -164,6 +164,7 @@ def age(work: Engine, pool: Pool, num_jobs: int) -> float:
     """
     began = time.monotonic()
     each = max(1, CHUNK // len(pool.lanes))
+    num_tenants = len({lane.tenant for lane in pool.lanes})
     for _ in range(max(1, num_jobs // (each * len(pool.lanes)))):
         with transaction(work) as conn:
             enqueue(conn, pool, pool.lanes, each)
@@ -177,6 +178,13 @@ def age(work: Engine, pool: Pool, num_jobs: int) -> float:
                 text("UPDATE demand SET num_queued = num_queued - :each WHERE pool = :pool"),
                 {"pool": pool.name, "each": each},
             )
+            conn.execute(text("UPDATE workers SET lease_until = lease_until WHERE pool = :pool"), {"pool": pool.name})
+        # Each completion by a worker corrects the counters of the tenants in it, which is next to one a job.
+        for _ in range(each * len(pool.lanes) // num_tenants):
+            with transaction(work) as conn:
+                conn.execute(
+                    text("UPDATE tenant_counters SET service = service WHERE pool = :pool"), {"pool": pool.name}
+                )
         end_leased(work, pool.name)
     return time.monotonic() - began
 

@@ -109,7 +109,8 @@ def measure(
         counted = text("SELECT count(*) FROM jobs WHERE pool = :pool AND leased_at >= :since AND leased_at < :until")
         jobs = int(conn.execute(counted, window).scalar_one())
         transactions = text(
-            "SELECT count(DISTINCT xmin::text) FROM jobs WHERE pool = :pool AND state = 'leased' AND leased_at >= :since"
+            "SELECT count(DISTINCT xmin::text) FROM jobs"
+            " WHERE pool = :pool AND state = 'leased' AND leased_at >= :since"
         )
         jobs_a_claim = jobs / max(1, int(conn.execute(transactions, window).scalar_one()))
     end_leased(work, pool.name)
@@ -178,10 +179,12 @@ def snapshot(url: str) -> Iterator[None]:
 @click.option("--only", default="", help="One of small, large: one measurement, to be profiled; writes nothing.")
 def main(only: str, **options: Any) -> None:
     """Measure the dispatcher at scale, and write the result."""
-    with tempfile.TemporaryDirectory(prefix="medley-scale-") as scratch:
-        with EmbeddedServers(DataDir.acquire(Path(scratch) / "data")) as servers:
-            upgrade(servers.database_url("medley_owner"))
-            rows = _run(servers, only, **options)
+    with (
+        tempfile.TemporaryDirectory(prefix="medley-scale-") as scratch,
+        EmbeddedServers(DataDir.acquire(Path(scratch) / "data")) as servers,
+    ):
+        upgrade(servers.database_url("medley_owner"))
+        rows = _run(servers, only, **options)
     if not only:
         _write(rows, options)
 

@@ -6,7 +6,7 @@ must begin again under a new id. Ids are never reused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -149,33 +149,50 @@ class Stand(msgspec.Struct, frozen=True, array_like=True, gc=False):
     max_num_seqs: int
     num_tiles: int
     num_leased: int
+    leased_since: float  # none of its jobs was leased before: Unix time of the database, rounded down
     unchanged_s: float
     stats: dict[str, Any]
 
 
-_READ_STANDS = text(
-    "SELECT coalesce(json_agg(json_build_array(w.id, w.state, w.desired_state, w.max_num_seqs, w.num_tiles,"
-    "  (SELECT count(*) FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased'),"
-    "  extract(epoch FROM clock_timestamp() - w.changed_at)::float8, w.stats) ORDER BY w.id), '[]')::text"
-    " FROM workers w WHERE w.pool = :pool AND w.state <> 'gone'"
-)
+# Jobs that were leased and have ended stay in the index for as long as anybody's snapshot is older: what is known to
+# have ended is not read again.
+_SINCE = """
+    workers w LEFT JOIN unnest(%(workers)b::uuid[], %(since)b::float8[]) AS s(id, since) ON s.id = w.id
+    CROSS JOIN LATERAL to_timestamp(coalesce(s.since, 0)) AS oldest(leased_at)
+"""
+_READ_STANDS = f"""
+SELECT coalesce(json_agg(json_build_array(w.id, w.state, w.desired_state, w.max_num_seqs, w.num_tiles, h.num_leased,
+    extract(epoch FROM coalesce(h.leased_at, statement_timestamp()))::float8 - 0.001,
+    extract(epoch FROM clock_timestamp() - w.changed_at)::float8, w.stats) ORDER BY w.id), '[]')::text
+FROM {_SINCE} CROSS JOIN LATERAL (
+    SELECT count(*) AS num_leased, min(j.leased_at) AS leased_at FROM jobs j
+    WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
+WHERE w.pool = %(pool)s AND w.state <> 'gone'
+"""
 _stands_decoder = msgspec.json.Decoder(list[Stand])
 
 
-def read_stands(conn: Connection, pool: str) -> list[Stand]:
-    """The pool's living workers, in id order."""
-    return _stands_decoder.decode(conn.execute(_READ_STANDS, {"pool": pool}).scalar_one())
+def read_stands(conn: Connection, pool: str, leased_since: Mapping[UUID, float]) -> list[Stand]:
+    """The pool's living workers, in id order. leased_since: as the last ones said; a worker may be absent."""
+    document = conn.exec_driver_sql(_READ_STANDS, {"pool": pool, **_since(leased_since)}).scalar_one()
+    return _stands_decoder.decode(document)
+
+
+def _since(leased_since: Mapping[UUID, float]) -> dict[str, object]:
+    return {"workers": list(leased_since), "since": list(leased_since.values())}
 
 
 _READ_HOMES = text(
     "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
     " SELECT unnest(resident) AS lane, id AS worker FROM workers WHERE pool = :pool AND state <> 'gone') h"
 )
-_READ_LEASED = text(
-    "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
-    " SELECT DISTINCT j.lane, w.id AS worker FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
-    " WHERE w.pool = :pool AND w.state <> 'gone') h"
-)
+_READ_LEASED = f"""
+SELECT coalesce(json_agg(json_build_array(h.lane, w.id)), '[]')::text
+FROM {_SINCE} CROSS JOIN LATERAL (
+    SELECT DISTINCT j.lane FROM jobs j
+    WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
+WHERE w.pool = %(pool)s AND w.state <> 'gone'
+"""
 _pairs_decoder = msgspec.json.Decoder(list[tuple[UUID, UUID]])
 
 
@@ -184,9 +201,10 @@ def read_resident(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
     return _pairs_decoder.decode(conn.execute(_READ_HOMES, {"pool": pool}).scalar_one())
 
 
-def read_leased_lanes(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
-    """(lane, worker) of the jobs that living workers hold, each once."""
-    return _pairs_decoder.decode(conn.execute(_READ_LEASED, {"pool": pool}).scalar_one())
+def read_leased_lanes(conn: Connection, pool: str, leased_since: Mapping[UUID, float]) -> list[tuple[UUID, UUID]]:
+    """(lane, worker) of the jobs that living workers hold, each once. leased_since: see `read_stands`."""
+    document = conn.exec_driver_sql(_READ_LEASED, {"pool": pool, **_since(leased_since)}).scalar_one()
+    return _pairs_decoder.decode(document)
 
 
 def mark_gone(conn: Connection, pool: str) -> list[UUID]:

@@ -83,6 +83,7 @@ class Assignment(msgspec.Struct, frozen=True, gc=False):
     lane: UUID
     num_jobs: int
     load_tokens: float = 0.0
+    priority: int = 1
 
 
 @dataclass(frozen=True)
