@@ -1,4 +1,4 @@
-"""Where claims begin to look in a lane: behind what was claimed, from the beginning again whenever that may miss one."""
+"""Where claims begin to look in a lane: behind what was claimed, from the beginning again where that may miss one."""
 
 from __future__ import annotations
 

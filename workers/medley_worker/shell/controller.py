@@ -39,7 +39,6 @@ RELEASE_S = 4.0  # for the engine to give everything back; a step may be running
 STOP_S = 1.5  # for an idle engine to end by itself
 FLUSH_S = 3.0  # for the last results and releases; together within the 10 s that a worker has to stop
 LOOK_S = 1.0
-STALL_S = 300.0  # a loaded engine speaks each second, and between steps; no step takes this long
 LOAD_STALL_S = 1_800.0  # it is silent while it loads; jobs that outlived the last engine wait for that
 
 log = structlog.get_logger()
@@ -50,7 +49,10 @@ class EngineUseless(Exception):
 
 
 class Controller:
-    """on_state: called after each change of the worker's state. on_leave: called before the worker leaves."""
+    """on_state: called after each change of the worker's state. on_leave: called before the worker leaves.
+
+    stall_s: a loaded engine speaks each second, and between steps; one that is silent for longer is taken for dead.
+    """
 
     def __init__(
         self,
@@ -65,8 +67,10 @@ class Controller:
         outcomes: Outcomes,
         on_state: Callable[[], None],
         on_leave: Callable[[], None],
+        stall_s: float,
     ) -> None:
         self._config = config
+        self._stall_s = stall_s
         self._worker = worker
         self._transactions = transactions
         self._held = held
@@ -130,7 +134,7 @@ class Controller:
         link = self._link
         if link is not None and link.has_ended:
             self._bury(link)
-        elif link is not None and link.silent_s > (LOAD_STALL_S if self._ready is None else STALL_S):
+        elif link is not None and link.silent_s > (LOAD_STALL_S if self._ready is None else self._stall_s):
             log.error("engine.stalled", worker=self._worker.hex, pid=link.pid, silent_s=round(link.silent_s))
             link.kill()  # and its next turn finds the suspects
         elif self._desired is not WorkerState.ACTIVE:
