@@ -7,8 +7,10 @@ new ones refused (cut).
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
+from collections.abc import Callable
 from enum import Enum, auto
 from pathlib import Path
 
@@ -30,7 +32,8 @@ class Cut:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(here))
         self._listener.listen(64)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
 
     def set(self, way: Way) -> None:
         with self._changed:
@@ -45,6 +48,8 @@ class Cut:
         self.set(Way.CUT)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(timeout=10)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -62,21 +67,26 @@ class Cut:
                 near.close()
                 far.close()
                 continue
-            pair = (near, far)
             with self._changed:
-                self._pairs.append(pair)
-            for source, sink in (pair, pair[::-1]):
-                threading.Thread(target=self._pass_on, args=(pair, source, sink), daemon=True).start()
+                self._pairs.append((near, far))
+            self._start(lambda near=near, far=far: self._pass_on(near, far))
 
-    def _pass_on(self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
+    def _pass_on(self, near: socket.socket, far: socket.socket) -> None:
+        """Both ways, until either end is closed or the network is cut."""
+        with near, far, contextlib.suppress(OSError):
+            while True:
+                readable, _, _ = select.select([near, far], [], [])
                 with self._changed:
                     self._changed.wait_for(lambda: self._way is not Way.STALLED)
-                sink.sendall(data)
-        except OSError:
-            pass
-        _end(pair)
+                for source in readable:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    (far if source is near else near).sendall(data)
+
+    def _start(self, run: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
 
 
 def _end(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -1,4 +1,4 @@
-"""What a fleet meets beside deaths: hangs, cut and stalled networks, wrong clocks, a full Redis, a killed PostgreSQL."""
+"""What a fleet meets beside deaths: hangs, cut networks, wrong clocks, a full Redis, a killed PostgreSQL, poison."""
 
 from __future__ import annotations
 

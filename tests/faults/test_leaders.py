@@ -88,9 +88,8 @@ def _leader(service: Service, first: Member, second: Member) -> Member:
 
     def led_by(member: Member) -> bool:
         holder = "SELECT count(*) FROM leaders WHERE until > clock_timestamp() AND replace(holder::text, '-', '') = :id"
-        ids = [
-            part.partition("dispatcher=")[2].split()[0] for part in member.log().splitlines() if "term.began" in part
-        ]
+        began = [line for line in member.log().splitlines() if "term.began" in line]
+        ids = [line.partition("dispatcher=")[2].split()[0] for line in began]
         return any(service.scalar(holder, id=id_) for id_ in ids)
 
     service.wait_until("one of the two leads", lambda: led_by(first) or led_by(second), 60)
