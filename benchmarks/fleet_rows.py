@@ -157,12 +157,8 @@ FROM picked p WHERE j.id = p.id
 """
 
 
-def age(work: Engine, pool: Pool, num_jobs: int) -> float:
-    """Claims and ends `num_jobs` in bulk, the queue refilled: what they leave stays while a snapshot is open.
-
-    Returns the seconds that it took.
-    """
-    began = time.monotonic()
+def age(work: Engine, pool: Pool, num_jobs: int) -> None:
+    """Claims and ends `num_jobs` in bulk, the queue refilled: what they leave stays while a snapshot is open."""
     each = max(1, CHUNK // len(pool.lanes))
     num_tenants = len({lane.tenant for lane in pool.lanes})
     for _ in range(max(1, num_jobs // (each * len(pool.lanes)))):
@@ -186,7 +182,6 @@ def age(work: Engine, pool: Pool, num_jobs: int) -> float:
                     text("UPDATE tenant_counters SET service = service WHERE pool = :pool"), {"pool": pool.name}
                 )
         end_leased(work, pool.name)
-    return time.monotonic() - began
 
 
 # The floor: as many jobs a transaction from the head of the queue, their lanes' demand with them. It knows no
