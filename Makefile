@@ -57,7 +57,7 @@ demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers incl
 	$(BIN)/medley demo
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
-	for figure in engine_cpu service api migration; do $(BIN)/python -m "benchmarks.$$figure"; done
+	for figure in engine_cpu service api migration fleet_scale; do $(BIN)/python -m "benchmarks.$$figure"; done
 
 bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters|sleep ARGS=--again
 	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)

@@ -115,6 +115,7 @@ class WorkerSettings:
     batch_invariant: bool = False
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
     store_cache_bytes: int = 20 << 30
+    engine_stall_s: float = 300.0  # an engine that is silent for longer is taken for dead: no step takes this long
     starts_asleep: bool = True  # asleep until the dispatcher wakes it
     # What an engine does while the worker is asleep. "off": there is none. "host": it has its weights in host memory.
     # "warm": the same, and one is loaded before the worker is first woken. None: "host" on CUDA, "off" on a CPU.
@@ -382,6 +383,7 @@ def _worker(read: _Reader) -> WorkerSettings:
         batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
         store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
+        engine_stall_s=read.seconds("MEDLEY_ENGINE_STALL_S", default.engine_stall_s),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
         sleep=read.optional_choice("MEDLEY_SLEEP", {"off", "host", "warm"}),
     )

@@ -28,6 +28,7 @@ class Service:
     stack: LocalStack
     client: Client
     engine: Engine
+    while_waiting: Callable[[], None] = lambda: None
 
     def scalar(self, statement: str, **parameters: object) -> int:
         with transaction(self.engine) as conn:
@@ -38,13 +39,14 @@ class Service:
         started = time.monotonic()
         while not holds():
             assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s} s\n{self.tail()}"
+            self.while_waiting()
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def wait_progress(self, batch: Batch, share: float) -> None:
+    def wait_progress(self, batch: Batch, share: float, timeout_s: float = 120) -> None:
         """Until this share of the batch has ended."""
         self.wait_until(
-            f"{share:.0%} of {batch.id}", lambda: (c := batch.refresh().counts).ended >= share * c.total, 120
+            f"{share:.0%} of {batch.id}", lambda: (c := batch.refresh().counts).ended >= share * c.total, timeout_s
         )
 
     def tail(self) -> str:
@@ -151,6 +153,7 @@ def audit(conn: Connection) -> None:
 def finish(service: Service, *batches: Batch, timeout_s: float = 120) -> None:
     """Waits for the batches, reads each result once by the cursor, and audits."""
     for batch in batches:
+        service.wait_progress(batch, 1.0, timeout_s)
         results = list(batch.results(timeout=timeout_s))
         assert [r.seq for r in results] == sorted({r.seq for r in results})
         counts = batch.refresh().counts

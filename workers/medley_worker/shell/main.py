@@ -96,6 +96,7 @@ class Shell:
             outcomes=Outcomes(codec, held, feed, results, report),
             on_state=lease.renew_soon,
             on_leave=lease.give_up,
+            stall_s=settings.worker.engine_stall_s,
         )
         folders = AdapterFolders.open(settings.store_url, settings.worker, self._inbox.put)
         preparation = Preparation(codec, folders, controller.max_model_len)
