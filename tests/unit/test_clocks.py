@@ -23,6 +23,8 @@ HARMLESS = {
     "app/medley/cli/keys.py": "an expiry that an operator gives in days",
     "app/medley/local/backup.py": "a note in a backup",
     "app/medley/local/datadir.py": "a note in a lock file",
+    "app/medley/dispatcher/hooks.py": "the time that a call of the scale hook says it was sent",
+    "app/medley/dispatcher/scale_calls.py": "the time that a call of the scale hook says it was made",
     "app/medley/health.py": "the age of a file of the same host",
     "workers/medley_worker/shell/folder_cache.py": "left-overs of broken downloads, by the same host's files",
 }

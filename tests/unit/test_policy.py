@@ -267,7 +267,7 @@ def test_a_worker_whose_jobs_come_and_go_between_two_looks_is_not_idle() -> None
     seen, worker = Sightings(), uid(1)
     seen.see_workers({worker: 0}, 0.0)
     assert seen.idle_s(worker, 60.0) == 60
-    seen.see_claims(worker, [(uid(5), 20)], 60.0)
+    seen.see_claim(worker, uid(5), 1, 20, 60.0)
     seen.see_workers({worker: 0}, 61.0)
     assert seen.idle_s(worker, 63.0) == 2
 

@@ -53,7 +53,7 @@ class Glance:
 
     @property
     def states(self) -> Counter[str]:
-        return Counter(row.state.value for row in self.rows)
+        return Counter(str(row.state) for row in self.rows)
 
     def active(self) -> list[Stand]:
         return [row for row in self.rows if row.state in (WorkerState.ACTIVE, WorkerState.DRAINING)]

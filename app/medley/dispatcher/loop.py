@@ -134,6 +134,7 @@ class Dispatcher:
         self._term: int | None = None
         self._lead_due_at = self._chores_due_at = clock()
         self._num_plans = self._num_claimed = 0
+        self._oldest_batch_s = 0.0
         self._glance: Glance | None = None
         self._begin()
 
