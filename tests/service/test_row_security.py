@@ -6,7 +6,7 @@ The tables come from the catalogue, so a table that is added later is tried as w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -20,7 +20,7 @@ from test_api_access import CLOSED, Route
 
 from medley.api import sql
 from medley.config import Limits
-from medley.db import crashes
+from medley.db import crashes, results
 from medley.db.connections import tenant_transaction, transaction
 from medley.db.quotas import set_limits
 from medley.spec.ids import parse_id
@@ -276,7 +276,12 @@ def test_the_apis_own_statements_do_nothing_once_their_tenant_is_wrong(
         with transaction(engine) if bound == "no tenant" else tenant_transaction(engine, tables.globex) as conn:
             yield conn
 
+    def misread(engine: Engine, tenant: UUID, statement: str, parameters: Any) -> Sequence[Any]:
+        with misbound(engine, tenant) as conn:
+            return conn.exec_driver_sql(statement, parameters).all()
+
     monkeypatch.setattr(sql, "tenant_transaction", misbound)
+    monkeypatch.setattr(results, "read_as_tenant", misread)
     for route in CLOSED:
         response = acme.request(route.method, route.path.format(**paths), **_body(route, file["id"]))
         if route.names_something and route.method != "PUT":
