@@ -187,6 +187,11 @@ def adapter_files(folder: str = "add", **replaced: bytes) -> dict[str, tuple[str
     }
 
 
+def uuid_of(public: str) -> UUID:
+    """Of an id as the API shows it: job_..., batch_..., rev_..."""
+    return UUID(public.rpartition("_")[2])
+
+
 def fields_of(response: httpx.Response) -> list[str]:
     """The fields that a refusal names."""
     return [fault["field"] for fault in response.json()["error"]["faults"]]

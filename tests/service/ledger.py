@@ -127,10 +127,14 @@ class Ledger:
         lease_s: float = 60,
         max_num_seqs: int = 8,
         resident: Sequence[UUID] = (),
+        stats: object | None = None,
+        batch: object | None = None,
     ) -> workers.WorkerState:
-        room = workers.Room(max_num_seqs=max_num_seqs)
+        said: dict[str, Any] = {"resident": resident, "stats": stats or {}, "batch": batch}
         with self.working() as conn:
-            return workers.renew(conn, worker, lease_s=lease_s, state=state, room=room, resident=resident, stats={})
+            return workers.renew(
+                conn, worker, lease_s=lease_s, state=state, room=workers.Room(max_num_seqs=max_num_seqs), **said
+            )
 
     def lapse(self, worker: UUID) -> None:
         """Lets the worker's lease run out now."""

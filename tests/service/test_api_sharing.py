@@ -9,7 +9,7 @@ from uuid import UUID
 
 import httpx
 import pytest
-from api_server import Api, fields_of
+from api_server import Api, fields_of, uuid_of
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from waiting import wait_until
@@ -56,10 +56,6 @@ def submit(api: Api, tenant: str, adapter: str) -> httpx.Response:
 def sweep(api: Api, tenant: str, *patterns: str, **fields: Any) -> httpx.Response:
     body = {"name": f"s{uuid7().hex}", "prompts": ["x"], "adapters": list(patterns), **fields}
     return api.as_tenant(tenant).post("/v1/sweeps", json=body)
-
-
-def uuid_of(public: str) -> UUID:
-    return UUID(public.rpartition("_")[2])
 
 
 def test_a_grant_lets_one_tenant_use_one_adapter_by_its_whole_name(api: Api, owner: str, friend: str) -> None:

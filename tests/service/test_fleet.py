@@ -198,17 +198,11 @@ def test_top_shows_who_runs_by_name_and_forgets_it_with_the_worker(hand: Hand) -
     revision = ledger.add_revision(tenant, "poet")
     unknown = uuid4()
     shares = [[tenant.hex, revision.hex, 5, 1, 9], [tenant.hex, None, 2, 0, 0], [unknown.hex, unknown.hex, 1, 0, 0]]
-    with ledger.working() as conn:
-        workers.renew(
-            conn,
-            worker,
-            lease_s=60,
-            state=WorkerState.ACTIVE,
-            room=workers.Room(8),
-            resident=(),
-            stats={"num_running": 8, "tokens_per_s": 123.4, "pages_used": 3, "num_pages": 9},
-            batch={"shares": shares, "others": [1, 0, 4, 2]},
-        )
+    ledger.renew(
+        worker,
+        stats={"num_running": 8, "tokens_per_s": 123.4, "pages_used": 3, "num_pages": 9},
+        batch={"shares": shares, "others": [1, 0, 4, 2]},
+    )
     summary, _, *rows = hand.lines("top", "--pool", ledger.pool)
     assert "rows 8/8, 123 tok/s" in summary
     assert "pages 3/9" in summary

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID
 
 import openai
 import pytest
-from api_server import Api
+from api_server import Api, uuid_of
 from openai_service import (
     Serving,
     client_of,
@@ -39,10 +38,6 @@ def _own_tenant(api: Api) -> Iterator[None]:
     api.take_new_tenant()
     yield
     close_clients()
-
-
-def uuid_of(public: str) -> UUID:
-    return UUID(public.partition("_")[2])
 
 
 def test_a_file_of_requests_on_the_base_and_on_adapters_becomes_an_output_file_in_its_order(api: Api) -> None:

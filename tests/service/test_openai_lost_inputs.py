@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID
 
 import pytest
-from api_server import Api
+from api_server import Api, uuid_of
 from openai_service import client_of, close_clients, completion_line, finish_queued, make_tasks, read_lines, upload
 from sqlalchemy import text
 
@@ -23,10 +22,6 @@ def _own_tenant(api: Api) -> Iterator[None]:
     api.take_new_tenant()
     yield
     close_clients()
-
-
-def uuid_of(public: str) -> UUID:
-    return UUID(public.partition("_")[2])
 
 
 class Losing:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from uuid import UUID
 
 import pytest
-from api_server import Api
+from api_server import Api, uuid_of
 from openai_service import (
     Serving,
     client_of,
@@ -49,10 +48,6 @@ def _own_tenant(api: Api) -> Iterator[None]:
     api.take_new_tenant()
     yield
     close_clients()
-
-
-def uuid_of(public: str) -> UUID:
-    return UUID(public.partition("_")[2])
 
 
 def ask_retry(api: Api, batch_id: str, **body: Any) -> Any:

@@ -183,19 +183,8 @@ def test_metrics_tell_the_queue_the_fleet_and_what_was_counted_and_no_tenant(
     assert found["medley_queued_tokens"] > 26
     assert found["medley_workers_wanted"] >= 1
     assert found["medley_generated_tokens_total"] == 0
-    from medley.db import workers
-
     for tokens in (1_000, 1_500):
-        with ledger.working() as conn:
-            workers.renew(
-                conn,
-                worker,
-                lease_s=60,
-                state=WorkerState.ACTIVE,
-                room=workers.Room(2),
-                resident=(),
-                stats={"generated_tokens": tokens, "steps": tokens / 2},
-            )
+        ledger.renew(worker, max_num_seqs=2, stats={"generated_tokens": tokens, "steps": tokens / 2})
         total = tokens - 0.0
         wait_until(lambda total=total: process.metrics()["medley_generated_tokens_total"] == total, timeout_s=60)
     assert tenant.hex not in str(found)
