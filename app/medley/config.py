@@ -111,6 +111,7 @@ class WorkerSettings:
     forward: str = "model"  # "null" replaces the forward pass, to measure all that is around it
     seed: int = 0
     adapter_host_bytes: int | None = None
+    gpu_share: float | None = None  # of its GPU's memory, where workers share one; None: what is free of it
     max_tpot_ms: float | None = None  # None: the most tokens a second
     batch_invariant: bool = False
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
@@ -379,6 +380,7 @@ def _worker(read: _Reader) -> WorkerSettings:
         forward=read.choice("MEDLEY_FORWARD", default.forward, {"model", "null"}),
         seed=read.whole("MEDLEY_SEED", default.seed, low=0),
         adapter_host_bytes=read.optional_whole("MEDLEY_ADAPTER_HOST_BYTES", low=0),
+        gpu_share=read.optional_share("MEDLEY_GPU_SHARE"),
         max_tpot_ms=read.optional_milliseconds("MEDLEY_MAX_TPOT_MS"),
         batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
@@ -498,6 +500,9 @@ class _Reader:
 
     def optional_milliseconds(self, key: str) -> float | None:
         return self._above_zero(key, "milliseconds", 3_600_000)
+
+    def optional_share(self, key: str) -> float | None:
+        return self._above_zero(key, "a share", 1)
 
     def _above_zero(self, key: str, unit: str, high: float) -> float | None:
         wanted = f"{unit} above 0 and at most {high}"

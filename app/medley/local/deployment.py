@@ -20,6 +20,7 @@ from medley.health import is_alive
 from medley.local.child import Command
 from medley.local.datadir import DataDir
 from medley.local.embedded import EmbeddedServers
+from medley.local.gpus import gpu_environ, visible_gpus
 from medley.local.lines import LineLog
 from medley.local.processes import PROCESSES, Health, ProcessSpec, process
 from medley.local.status import StackStatus, write_status
@@ -75,6 +76,7 @@ class _Deployment:
         self._log = log
         self._servers = EmbeddedServers(data)
         self._is_ready = False
+        self._gpus = visible_gpus({**inherited_env(), **options.environ})
         host = f"[{options.host}]" if ":" in options.host else options.host
         self._url = f"http://{host}:{listener.getsockname()[1]}"
 
@@ -136,6 +138,9 @@ class _Deployment:
         env.setdefault("OMP_NUM_THREADS", str(threads if spec.image == "worker" else 1))
         env.setdefault("MEDLEY_WEBHOOK_LOOPBACK", "true")  # whoever runs this is its only tenant
         env |= self._options.environ
+        if spec.is_replicated:
+            number = int(name.rpartition(".")[2])
+            env |= gpu_environ(number, self._options.workers, self._gpus, env)
         env |= {
             "MEDLEY_DATABASE_URL": self._servers.database_url(spec.role),
             "MEDLEY_REDIS_URL": self._servers.redis_url,

@@ -44,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: tokens and log-probabilities depend on no neighbour, bit by bit; slower on CUDA. A CPU in float32
     gives that always.
     sleeps: Sleep will be asked for, so what is large lies in memory that can be given back.
+    gpu_share: of the device's memory, all that this engine takes of it; None: what is free. A CPU has no such limit.
     """
 
     model_dir: str
@@ -62,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tpot_ms: float | None = None
     batch_invariant: bool = False
     sleeps: bool = False
+    gpu_share: float | None = None
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------

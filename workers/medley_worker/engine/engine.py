@@ -76,6 +76,7 @@ class Engine:
         max_tpot_ms: float | None = None,
         batch_invariant: bool = False,
         sleeps: bool = False,
+        gpu_share: float | None = None,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
 
@@ -84,7 +85,7 @@ class Engine:
         alone. seed: of random weights, and of the seeds drawn for requests that bring none. adapter_host_bytes:
         memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
         rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost. sleeps: `sleep` will
-        be called.
+        be called. gpu_share: of the GPU's memory, where others run on it; None takes what is free.
         """
         return cls(
             EngineConfig(
@@ -103,6 +104,7 @@ class Engine:
                 max_tpot_ms=max_tpot_ms,
                 batch_invariant=batch_invariant,
                 sleeps=sleeps,
+                gpu_share=gpu_share,
             )
         )
 

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from uuid import UUID
 
@@ -29,6 +28,7 @@ from medley.objects import StoreError
 from medley.rings import Ringer
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
+from medley.version import version
 from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.ahead import Ahead
 from medley_worker.shell.controller import Controller
@@ -141,7 +141,7 @@ class Shell:
             room=Room(self._settings.worker.max_num_seqs),
             lease_s=self._settings.lease_s,
             desired=WorkerState.ASLEEP if self._settings.worker.starts_asleep else WorkerState.ACTIVE,
-            version=metadata.version("medley"),
+            version=version(),
         )
 
     def _arrive(self, ids: list[UUID]) -> None:
@@ -179,6 +179,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         max_tpot_ms=worker.max_tpot_ms,
         batch_invariant=worker.batch_invariant,
         sleeps=worker.keeps_engine,
+        gpu_share=worker.gpu_share,
     )
 
 
