@@ -10,6 +10,7 @@ one GPU, or of none, fewer or smaller workers show the same (`--workers-per-gpu`
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,14 @@ class Bench:
         self.ledger.num_failed += ledger.num_failed
 
 
+def _num_warm(stack: LocalStack) -> int:
+    """Workers whose engine was loaded and sleeps now, by the log. Raises ClickException where one cannot sleep."""
+    log = stack.log_path.read_text()
+    if "engine.sleepless" in log or "engine.died" in log:
+        raise click.ClickException(f"an engine did not come to sleep:\n{log[-4000:]}")
+    return len({line.split("|")[0] for line in log.splitlines() if " engine.asleep " in line})
+
+
 def _wait_for(what: str, timeout_s: float, holds: Any) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
@@ -198,6 +207,7 @@ def find_machine(device: str, gpus: int | None, workers_per_gpu: int) -> Machine
 @click.option("--window-s", type=click.FloatRange(1), default=25.0, show_default=True, help="Of each tokens/s.")
 @click.option("--adapters", type=click.IntRange(1), help="Of all tenants together.  [default: by the shape]")
 @click.option("--scratch", type=click.Path(path_type=Path), help="For model, adapters and the service's data.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Of the service.  [default: gone afterwards]")
 @click.option("--out", type=click.Path(path_type=Path), default=record.RESULTS, help="Folder of the results.")
 def main(
     device: str,
@@ -208,6 +218,7 @@ def main(
     window_s: float,
     adapters: int | None,
     scratch: Path | None,
+    data_dir: Path | None,
     out: Path,
 ) -> None:
     """Run, write `<machine>-fleet.json` and its picture, and fail where the fleet did not do what it should."""
@@ -216,32 +227,43 @@ def main(
     setting = SETTINGS[shape]
     is_figure = shape == ("7b" if machine.gpus else "demo") and workers_per_gpu == 1
     with ExitStack() as closing:
-        folder = scratch or Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="medley-fleet-")))
-        found = _run(machine, setting, shape, folder / shape, adapters or setting.adapters, minutes * 60, window_s)
+        temporary = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="medley-fleet-")))
+        places = Places(shape, (scratch or temporary) / shape, data_dir or temporary / "data")
+        found = _run(machine, setting, places, adapters or setting.adapters, minutes * 60, window_s)
     document = record.heading("fleet", _command(), found.pop("notes"), name=machine.name)
     if machine.gpus:
         document["machine"] |= {"gpu": machine.model, "gpus": len(machine.gpus)}
     name = f"{machine.name}-fleet" + ("" if is_figure or (len(machine.gpus) == 1 and shape == "7b") else f"-{shape}")
     path = record.save(document | found, name, out)
     record.say(f"wrote {path}")
-    if draw(path):
+    if "series" in found and draw(path):
         record.say(f"drew {path.with_suffix('.png')}")
     record.say(", ".join(f"{key} {value}" for key, value in found.items() if key not in ("series", "faults")))
     if found["faults"]:
         raise click.ClickException("; ".join(found["faults"][:10]))
 
 
+@dataclass(frozen=True)
+class Places:
+    """The shape of the model, the folder of its and the adapters' files, and the service's data directory."""
+
+    shape: str
+    files: Path
+    data: Path
+
+
 def _run(
-    machine: Machine, setting: Setting, shape: str, folder: Path, num_adapters: int, trace_s: float, window_s: float
+    machine: Machine, setting: Setting, places: Places, num_adapters: int, trace_s: float, window_s: float
 ) -> dict[str, Any]:
     """All phases. Returns the figures; `faults` has all that is not as it should be."""
     shares = {name: len(range(i, num_adapters, setting.tenants)) for i, name in enumerate(setting.tenant_names)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
     started = time.perf_counter()
-    model, folders = make_files(shape, folder, shares, machine.device)
-    record.say(f"made {folder} in {time.perf_counter() - started:.1f} s")
+    model, folders = make_files(places.shape, places.files, shares, machine.device)
+    record.say(f"made {places.files} in {time.perf_counter() - started:.1f} s")
     with ExitStack() as closing:
         stack = LocalStack(
-            folder / "data",
+            places.data,
             model=model,
             workers=machine.num_workers,
             environ=machine.environ(setting),
@@ -253,14 +275,20 @@ def _run(
         tenants, intake = take_in(stack, folders, closing)
         watch = closing.enter_context(Watch(engine, stack.redis_url))
         if machine.gpus:
-            watch.wait_until_warm(machine.num_workers, WARM_S)
+            _wait_for("engines that sleep", WARM_S, lambda: _num_warm(stack) == machine.num_workers)
         record.say(f"ready after {time.perf_counter() - started:.1f} s")
         bench = Bench(setting, machine.num_workers, tenants, watch)
-        figures = _phases(bench, trace_s, window_s, is_shared=machine.workers_per_gpu > 1 or not machine.gpus)
+        figures: dict[str, Any] = {}
+        unshown: list[str] = []
+        try:
+            is_shared = machine.workers_per_gpu > 1 or not machine.gpus
+            _phases(bench, figures, unshown, trace_s, window_s, is_shared=is_shared)
+        except BaseException as error:  # what there is so far is told too
+            unshown.append(f"cut off by {error!r}")
         with transaction(engine) as conn:
             differing = faults(conn)
             moved = conn.execute(text("SELECT id FROM jobs WHERE attempt > 1")).scalars().all()
-    found = bench.ledger.faults + [f"{what}: {count}" for what, count in differing.items()] + figures.pop("unshown")
+    found = bench.ledger.faults + [f"{what}: {count}" for what, count in differing.items()] + unshown
     if not moved:
         found.append("no job has moved")
     notes = [] if machine.workers_per_gpu == 1 else [f"{machine.workers_per_gpu} workers share each GPU: a rehearsal"]
@@ -270,7 +298,7 @@ def _run(
         "failed": bench.ledger.num_failed,
         "jobs": bench.ledger.num_submitted,
         "results": len(bench.ledger.results),
-        "shape": shape,
+        "shape": places.shape,
         "rows": setting.rows,
         "adapters": num_adapters,
         "tenants": setting.tenants,
@@ -280,31 +308,29 @@ def _run(
     }
 
 
-def _phases(bench: Bench, trace_s: float, window_s: float, *, is_shared: bool) -> dict[str, Any]:
-    """One worker alone, the rise and fall, all workers. `unshown`: what should have been seen and was not."""
+def _phases(
+    bench: Bench, figures: dict[str, Any], unshown: list[str], trace_s: float, window_s: float, *, is_shared: bool
+) -> None:
+    """One worker alone, the rise and fall, all workers: into `figures`. unshown: what should be seen and was not."""
     watch, num = bench.watch, bench.num_workers
     others = list(watch.workers)[1:]
     watch.steer(others, Steer.SLEEP)
     one = bench.saturate(1, window_s)
     record.say(f"one worker: {one}")
     watch.steer(others, Steer.RELEASE)
-    trace = bench.rise_and_fall(one["tok_s"] / bench.setting.lengths.mean_new, trace_s, is_shared)
-    counts = [count for _, count in trace["gpus_awake"]]
-    record.say(f"awake: {trace['gpus_awake']}, woken in {trace['wakes_s']} s")
-    unshown = [] if num == 1 or (counts[0], max(counts), counts[-1]) == (1, num, 1) else [f"workers awake: {counts}"]
-    steady = [one]
-    if num > 1:
-        steady.append(bench.saturate(num, window_s))
-        record.say(f"all workers: {steady[-1]}")
-    words = {2: "two"}
-    return {
-        "one_gpu_tok_s": one["tok_s"],
-        **({f"{words.get(num, num)}_gpu_tok_s": steady[-1]["tok_s"]} if num > 1 else {}),
-        "ratio": round(steady[-1]["tok_s"] / one["tok_s"], 3),
-        **trace,
-        "steady": steady,
-        "unshown": unshown,
-    }
+    figures |= {"one_gpu_tok_s": one["tok_s"], "steady": [one]}
+    figures |= bench.rise_and_fall(one["tok_s"] / bench.setting.lengths.mean_new, trace_s, is_shared)
+    counts = [count for _, count in figures["gpus_awake"]]
+    record.say(f"awake: {figures['gpus_awake']}, woken in {figures['wakes_s']} s")
+    if num == 1:
+        return
+    if (counts[0], max(counts), counts[-1]) != (1, num, 1):
+        unshown.append(f"workers awake: {counts}")
+    every = bench.saturate(num, window_s)
+    record.say(f"all workers: {every}")
+    word = {2: "two"}.get(num, str(num))
+    figures |= {f"{word}_gpu_tok_s": every["tok_s"], "ratio": round(every["tok_s"] / one["tok_s"], 3)}
+    figures["steady"].append(every)
 
 
 def _command() -> str:

@@ -119,7 +119,7 @@ class Ledger:
 class Load:
     """Threads that submit, and threads that read what comes of it, one each a tenant, from `__enter__` to `__exit__`.
 
-    On the way out it waits for every result.
+    On the way out it waits for every result, unless an exception is on its way too.
     """
 
     def __init__(self, ledger: Ledger, sources: dict[str, Source], tenants: list[Tenant]) -> None:
@@ -136,8 +136,9 @@ class Load:
 
     def __exit__(self, *exc_info: object) -> None:
         self._ends.set()
-        for thread in (*self._submitters, *self._readers):
-            thread.join()
+        if exc_info[0] is None:
+            for thread in (*self._submitters, *self._readers):
+                thread.join()
 
     def _submit_for(self, tenant: Tenant) -> None:
         try:

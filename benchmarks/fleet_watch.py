@@ -103,21 +103,6 @@ class Watch:
         counted = [(at, sum(_state_at(seen, at) != "asleep" for seen in self.workers.values())) for at in moments]
         return [now for before, now in zip([(0.0, -1), *counted], counted, strict=False) if now[1] != before[1]]
 
-    def wait_until_warm(self, num_workers: int, timeout_s: float) -> None:
-        """Until each engine was loaded and sleeps. Raises TimeoutError."""
-        deadline = time.monotonic() + timeout_s
-        while not self._is_warm(num_workers):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not every engine was loaded and slept within {timeout_s:.0f} s")
-            self._raise()
-            time.sleep(0.2)
-
-    def _is_warm(self, num_workers: int) -> bool:
-        with transaction(self._engine) as conn:
-            stats = [row.stats for row in conn.execute(_WORKERS)]
-        small = [s for s in stats if 0 < s.get("device_bytes", 0) < 0.05 * s.get("device_total_bytes", 0)]
-        return len(small) == num_workers
-
     def steer(self, workers: list[UUID], how: Steer) -> None:
         """As an operator does with `medley fleet`."""
         with self._engine.begin() as conn:
