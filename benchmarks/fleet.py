@@ -41,6 +41,7 @@ from medley.local.stack import LocalStack
 SEED = 20261122
 WARM_S = 600.0  # for engines to be loaded and to sleep; kernels may have to be built
 SETTLE_S = 90.0  # after the load: for the last to be alone awake
+REPORT_S = 3.0  # by which workers have told of the steps before
 SERIES_S, RATE_S = 1.0, 5.0  # between two points of a series; over which its rates are taken
 
 
@@ -76,8 +77,9 @@ class Bench:
 
     def rise_and_fall(self, capacity_jobs_s: float, seconds: float, is_shared: bool) -> dict[str, Any]:
         """Jobs by the rates of the plan, as shares of what one worker serves. What the fleet did meanwhile."""
-        rate = rates(self.num_workers, is_shared=is_shared)
+        rate = rates(self.setting.low, self.num_workers, is_shared=is_shared)
         sources = self._sources(self.setting.lengths, seed=SEED)
+        time.sleep(REPORT_S)
         ledger, since = Ledger(), self.watch.now
         with Arrivals(ledger, sources, self.tenants, lambda s: capacity_jobs_s * rate(s / seconds)):
             time.sleep(seconds)

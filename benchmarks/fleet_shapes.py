@@ -14,7 +14,8 @@ from benchmarks.fleet_load import Lengths
 @dataclass(frozen=True)
 class Setting:
     """rows: of a worker. lengths: of the jobs that arrive; steady: of those that keep workers busy. warm_s: from
-    workers that are awake to steps as they stay, with adapters loaded.
+    workers that are awake to steps as they stay, with adapters loaded. low: the low load, as a share of what one
+    worker serves.
     """
 
     rows: int
@@ -23,6 +24,7 @@ class Setting:
     lengths: Lengths
     steady: Lengths
     warm_s: float
+    low: float = 0.45
 
     @property
     def tenant_names(self) -> list[str]:
@@ -43,7 +45,7 @@ SETTINGS = {
         rows=16,
         adapters=100,
         tenants=4,
-        lengths=Lengths(prompt=(8, 32), new=(32, 128), long=(600, 1200), long_share=0.1),
+        lengths=Lengths(prompt=(8, 32), new=(32, 128), long=(1500, 3000), long_share=0.05),
         steady=Lengths(prompt=(8, 32), new=(32, 128), long=(0, 0), long_share=0.0),
         warm_s=4.0,
     ),
@@ -51,9 +53,10 @@ SETTINGS = {
         rows=8,
         adapters=200,
         tenants=4,
-        lengths=Lengths(prompt=(4, 16), new=(16, 64), long=(180, 230), long_share=0.2),
+        lengths=Lengths(prompt=(4, 16), new=(16, 64), long=(180, 230), long_share=0.3),
         steady=Lengths(prompt=(4, 16), new=(16, 64), long=(0, 0), long_share=0.0),
         warm_s=4.0,
+        low=0.7,
     ),
 }
 
@@ -61,11 +64,13 @@ SETTINGS = {
 Points = list[tuple[float, float]]
 
 
-def rates(num_workers: int, *, is_shared: bool) -> Callable[[float], float]:
-    """The load at a share of the time. is_shared: the workers share what they compute with, and serve little more
-    together than one alone. One worker is left without load for a while, and sleeps.
+def rates(low: float, num_workers: int, *, is_shared: bool) -> Callable[[float], float]:
+    """The load at a share of the time, as a share of what one worker serves.
+
+    is_shared: the workers share what they compute with, and serve little more together than one alone. One worker is
+    left without load for a while, and sleeps.
     """
-    low, high = 0.45, 1.15 if is_shared else 0.8 * num_workers
+    high = 1.15 if is_shared else 0.8 * num_workers
     if num_workers == 1:
         return lines([(0, low), (0.2, low), (0.3, 0.8), (0.45, 0.8), (0.5, 0), (0.85, 0), (0.86, low), (1, low)])
     return lines([(0, low), (0.2, low), (0.3, high), (0.55, high), (0.65, low), (1, low)])
