@@ -40,7 +40,8 @@ from medley.local.stack import LocalStack
 
 SEED = 20261122
 WARM_S = 600.0  # for engines to be loaded and to sleep; kernels may have to be built
-SETTLE_S = 90.0  # after the load: for the last to be alone awake
+SETTLE_S = 90.0  # after the load has fallen for as long as planned: for the last to be alone awake
+LOOK_S = 0.5
 REPORT_S = 3.0  # by which workers have told of the steps before
 SERIES_S, RATE_S = 1.0, 5.0  # between two points of a series; over which its rates are taken
 
@@ -83,6 +84,7 @@ class Bench:
         ledger, since = Ledger(), self.watch.now
         with Arrivals(ledger, sources, self.tenants, lambda s: capacity_jobs_s * rate(s / seconds)):
             time.sleep(seconds)
+            self._settle()
             until = self.watch.now
         self._add(ledger)
         awake = [(round(at - since, 2), num) for at, num in self.watch.awake(since, until)]
@@ -93,6 +95,13 @@ class Bench:
             "wakes_s": [round(wake, 3) for wake in wakes],
             "series": self._series(ledger, since, until),
         }
+
+    def _settle(self) -> None:
+        """The low load goes on until the others sleep again, for so long as that may take."""
+        deadline = time.monotonic() + SETTLE_S
+        while self.num_workers > 1 and self.watch.num_awake() > 1 and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        time.sleep(RATE_S)
 
     def _series(self, ledger: Ledger, since: float, until: float) -> list[dict[str, Any]]:
         """load_tok_s: new tokens that were asked for. rows_per_step: of each worker. Rates of the last RATE_S."""
