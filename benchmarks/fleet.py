@@ -78,7 +78,7 @@ class Bench:
 
     def rise_and_fall(self, capacity_jobs_s: float, seconds: float, is_shared: bool) -> dict[str, Any]:
         """Jobs by the rates of the plan, as shares of what one worker serves. What the fleet did meanwhile."""
-        rate = rates(self.setting.low, self.num_workers, is_shared=is_shared)
+        rate = rates(self.setting, self.num_workers, is_shared=is_shared)
         sources = self._sources(self.setting.lengths, seed=SEED)
         time.sleep(REPORT_S)
         ledger, since = Ledger(), self.watch.now

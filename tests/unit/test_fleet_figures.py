@@ -6,7 +6,6 @@ from typing import Any, cast
 from uuid import UUID
 
 import pytest
-
 from benchmarks.fleet_load import Ledger, Lengths, Source, Tenant
 from benchmarks.fleet_shapes import SETTINGS, lines, rates
 from benchmarks.fleet_watch import Seen, Watch
@@ -20,15 +19,15 @@ def source(name: str = "acme", seed: int = 7) -> Source:
 
 def test_the_load_is_low_then_more_than_one_worker_serves_then_low() -> None:
     for num_workers, is_shared in ((2, False), (4, False), (2, True)):
-        rate = rates(0.45, num_workers, is_shared=is_shared)
+        rate = rates(SETTINGS["7b"], num_workers, is_shared=is_shared)
         assert rate(0) == rate(0.1) == rate(0.8) == rate(1.5) == 0.45
         assert rate(0.4) > 1
         assert 0.45 < rate(0.25) < rate(0.4)
-    assert rates(0.45, 2, is_shared=False)(0.4) < 2, "what all of them serve is enough"
+    assert rates(SETTINGS["7b"], 2, is_shared=False)(0.4) < 2, "what all of them serve is enough"
 
 
 def test_one_worker_has_nothing_to_do_for_a_while() -> None:
-    rate = rates(0.45, 1, is_shared=False)
+    rate = rates(SETTINGS["7b"], 1, is_shared=False)
     assert max(rate(share / 100) for share in range(101)) < 1
     assert rate(0.6) == rate(0.8) == 0 < rate(0.9)
 
