@@ -13,9 +13,12 @@ from benchmarks.fleet_load import Lengths
 
 @dataclass(frozen=True)
 class Setting:
-    """rows: of a worker. lengths: of the jobs that arrive; steady: of those that keep workers busy. warm_s: from
-    workers that are awake to steps as they stay, with adapters loaded. low, shared_high: the low load, and the high one
-    of workers that share what they compute with and so serve little more together, as shares of what one alone serves.
+    """Of the fleet as a whole, unless it is said otherwise. Loads are shares of what one worker alone serves.
+
+    rows: of a worker. lengths: of the jobs that arrive; steady: of those that keep workers busy. warm_s: from workers
+    that are awake to steps as they stay, with adapters loaded. low: the low load. shared_high: the high load of workers
+    that share what they compute with, and so serve little more together. drain_at: the share of the time at which the
+    busiest worker is drained by hand, where no job is long enough to be moved otherwise.
     """
 
     rows: int
@@ -26,6 +29,7 @@ class Setting:
     warm_s: float
     low: float = 0.45
     shared_high: float = 1.15
+    drain_at: float | None = None
 
     @property
     def tenant_names(self) -> list[str]:
@@ -59,6 +63,7 @@ SETTINGS = {
         warm_s=4.0,
         low=0.6,
         shared_high=2.5,  # two cores are shared with much else: what one worker serves is not the same twice
+        drain_at=0.5,
     ),
 }
 

@@ -92,6 +92,16 @@ class Watch:
         self._raise()
         return sum(seen.states[-1][1] == "active" for seen in self.workers.values())
 
+    def is_asleep(self, worker: UUID) -> bool:
+        self._raise()
+        return self.workers[worker].states[-1][1] == "asleep"
+
+    def busiest(self) -> UUID:
+        """The worker that holds most jobs, now."""
+        with transaction(self._engine) as conn:
+            worker: UUID = max(fleet_db.read_fleet(conn, None), key=lambda row: row.num_leased).id
+        return worker
+
     def num_queued(self, when: float) -> int:
         """Jobs that waited."""
         place = bisect.bisect_right(self.queued, when, key=lambda queued: queued[0])

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.faults
 
 # A machine that is busy with other things may serve less in the fall than it did alone; what it did is right even so.
-OF_SPEED = ("workers awake", "no job has moved")
+OF_SPEED = "workers awake"
 
 
 def test_every_job_of_a_load_that_rises_and_falls_ends_once_and_counts_are_kept(tmp_path: Path) -> None:
@@ -27,6 +27,7 @@ def test_every_job_of_a_load_that_rises_and_falls_ends_once_and_counts_are_kept(
     assert not faults, done.stderr
     assert figures["jobs"] == figures["results"] > 0
     assert figures["failed"] == 0
+    assert figures["migrated_with_tokens"] > 0
     assert figures["adapters"] == 24
     assert figures["tenants"] == 4
     counts = [count for _, count in figures["gpus_awake"]]
