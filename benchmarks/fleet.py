@@ -9,6 +9,7 @@ one GPU, or of none, fewer or smaller workers show the same (`--workers-per-gpu`
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from benchmarks.fleet_watch import Watch
 from benchmarks.recount import faults
 from medley.client import Client
 from medley.db.connections import transaction
-from medley.local.gpus import VISIBLE, visible_gpus
+from medley.local.gpus import visible_gpus
 from medley.local.stack import LocalStack
 
 WARM_S = 600.0  # for engines to be loaded and to sleep; kernels may have to be built
@@ -92,7 +93,7 @@ class Machine:
     def environ(self, setting: Setting) -> dict[str, str]:
         environ = {"MEDLEY_DEVICE": self.device, "MEDLEY_MAX_NUM_SEQS": str(setting.rows)}
         if self.gpus:
-            environ |= {"MEDLEY_DTYPE": "bfloat16", "MEDLEY_SLEEP": "warm", VISIBLE: ",".join(self.gpus)}
+            environ |= {"MEDLEY_DTYPE": "bfloat16", "MEDLEY_SLEEP": "warm", "CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
         return environ
 
 
@@ -100,7 +101,7 @@ def find_machine(device: str, gpus: int | None, workers_per_gpu: int) -> Machine
     """Raises BadParameter where there are fewer GPUs than are asked for."""
     if device != "cuda":
         return Machine(device, [], (gpus or 2) * workers_per_gpu, workers_per_gpu)
-    found = visible_gpus({"MEDLEY_DEVICE": "cuda"})
+    found = visible_gpus({**os.environ, "MEDLEY_DEVICE": "cuda"})
     if len(found) < (gpus or 1):
         raise click.BadParameter(f"got {gpus or 1}, nvidia-smi tells of {len(found)}", param_hint="--gpus")
     used = found[:gpus]

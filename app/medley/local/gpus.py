@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SHARE = "MEDLEY_GPU_SHARE"
 # Of a GPU that workers share: the rest is for what each holds beside what it asks for.
 _SHARED_PART = 0.95
@@ -25,8 +25,8 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     """
     if environ.get("MEDLEY_DEVICE") != "cuda":
         return []
-    if VISIBLE in environ:
-        return [gpu.strip() for gpu in environ[VISIBLE].split(",") if gpu.strip()]
+    if _VISIBLE in environ:
+        return [gpu.strip() for gpu in environ[_VISIBLE].split(",") if gpu.strip()]
     try:
         asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_ASK_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -38,7 +38,7 @@ def gpu_environ(number: int, num_workers: int, gpus: Sequence[str], environ: Map
     """What worker `number` of `num_workers` gets beside `environ`: its own GPU, or its part of one."""
     if not gpus:
         return {}
-    found = {VISIBLE: gpus[number % len(gpus)]}
+    found = {_VISIBLE: gpus[number % len(gpus)]}
     num_sharing = len(range(number % len(gpus), num_workers, len(gpus)))
     if num_sharing > 1 and _SHARE not in environ:
         found[_SHARE] = f"{_SHARED_PART / num_sharing:.3f}"
