@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Where this is set, each of the hundreds of processes that the tests start compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup check test test-gpu demo bench bench-gpu bench-simulate compose clean
+.PHONY: help setup check test test-gpu demo bench bench-gpu bench-fleet bench-simulate compose clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,10 +57,13 @@ demo: $(STAMP) ## Run the bulk evaluation over the demo's adapters, servers incl
 	$(BIN)/medley demo
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/<machine>-<what>.json
-	for figure in engine_cpu service api migration; do $(BIN)/python -m "benchmarks.$$figure"; done
+	for figure in engine_cpu service api migration fleet_scale; do $(BIN)/python -m "benchmarks.$$figure"; done
 
 bench-gpu: $(GPU_SETUP) ## Measure on a GPU: make bench-gpu PART=kernels|lora|step|kernel_times|chunks|workload|adapters|sleep|tensor_parallel ARGS=--again
 	$(GPU_PYTHON) -m benchmarks.gpu.$(PART) $(ARGS)
+
+bench-fleet: $(GPU_SETUP) ## The whole fleet under a load that rises and falls: make bench-fleet ARGS="--device cpu" needs no GPU
+	$(GPU_PYTHON) -m benchmarks.fleet $(ARGS)
 
 bench-simulate: $(STAMP) ## Run the policy's traces; writes benchmarks/results/simulate-*.json and, with the extra plot, pictures
 	$(BIN)/python -m benchmarks.simulate

@@ -21,6 +21,12 @@ def machine() -> str:
     return f"{os.cpu_count()}core-{platform.machine()}"
 
 
+def gpu_name(device_name: str) -> str:
+    """The short name of a device: `h200` for "NVIDIA H200"."""
+    words = device_name.lower().removeprefix("nvidia ").split()
+    return next((word for word in words if word.startswith(("h100", "h200"))), "-".join(words))
+
+
 def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -45,21 +51,30 @@ def write(
     folder: Path | None = None,
 ) -> Path:
     """Writes `<machine>-<what>.json` to `folder` (`results`) and returns its path. name: of the machine's kind."""
-    name, folder = name or machine(), folder or RESULTS
+    name = name or machine()
+    return save(heading(what, command, notes, name=name) | {"rows": list(rows)}, f"{name}-{what}", folder)
+
+
+def heading(what: str, command: str, notes: Sequence[str], *, name: str) -> dict[str, Any]:
+    """What every result says of itself: where, when, with what, by which command."""
     versions = {package: _version(package) for package in PACKAGES}
     versions["python"] = platform.python_version()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    document = {
+    return {
         "what": what,
         "machine": {"name": name, "processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory)},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions,
         "command": command,
         "notes": list(notes),
-        "rows": list(rows),
     }
+
+
+def save(document: dict[str, Any], name: str, folder: Path | None = None) -> Path:
+    """Writes `<name>.json` to `folder` (`results`) and returns its path."""
+    folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{what}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

@@ -8,9 +8,11 @@ would say is found in PostgreSQL within the next.
 from __future__ import annotations
 
 import warnings
+from base64 import b64encode
 from urllib.parse import parse_qsl, urlencode, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import msgspec
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import WorkController
@@ -26,6 +28,54 @@ CONSUME_TIMEOUT_S = 5.0
 def worker_queue(worker: UUID) -> str:
     """The queue that one start of a GPU worker reads."""
     return f"gpu.{worker.hex}"
+
+
+_encode = msgspec.json.Encoder().encode
+_EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_HEADERS: dict[str, object] = {
+    "lang": "py",
+    "shadow": None,
+    "eta": None,
+    "expires": None,
+    "group": None,
+    "group_index": None,
+    "retries": 0,
+    "timelimit": (None, None),
+    "parent_id": None,
+    "argsrepr": "(...)",
+    "kwargsrepr": "{}",
+    "origin": "medley",
+    "ignore_result": None,
+    "replaced_task_nesting": 0,
+    "stamped_headers": None,
+    "stamps": {},
+}
+
+
+def task_message(name: str, args: tuple[str | tuple[str, ...], ...], queue: str) -> bytes:
+    """A call of task `name` as Celery's protocol 2 lies in a Redis list of that name: to be pushed at its left.
+
+    Celery's own `send_task` declares the queue with each message, which costs 0.7 ms of processor time where a
+    thousand workers have a queue each; a test holds the two alike.
+    """
+    id_ = str(uuid4())
+    return _encode(
+        {
+            "body": b64encode(_encode((args, {}, _EMBED))).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"task": name, "id": id_, "root_id": id_, **_HEADERS},
+            "properties": {
+                "correlation_id": id_,
+                "reply_to": "",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": id_,
+            },
+        }
+    )
 
 
 def make_celery(redis_url: str, *, consumes: bool = False) -> Celery:

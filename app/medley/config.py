@@ -111,11 +111,13 @@ class WorkerSettings:
     forward: str = "model"  # "null" replaces the forward pass, to measure all that is around it
     seed: int = 0
     adapter_host_bytes: int | None = None
+    gpu_share: float | None = None  # of its GPU's memory, where workers share one; None: what is free of it
     max_tpot_ms: float | None = None  # None: the most tokens a second
     batch_invariant: bool = False
     tensor_parallel: int = 1  # devices that share the model, `device` and those after it
     store_cache_dir: Path | None = None  # of adapters that a remote store holds; None: below the temporary folder
     store_cache_bytes: int = 20 << 30
+    engine_stall_s: float = 300.0  # an engine that is silent for longer is taken for dead: no step takes this long
     starts_asleep: bool = True  # asleep until the dispatcher wakes it
     # What an engine does while the worker is asleep. "off": there is none. "host": it has its weights in host memory.
     # "warm": the same, and one is loaded before the worker is first woken. None: "host" on CUDA, "off" on a CPU.
@@ -258,10 +260,13 @@ def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
     return read.choice("MEDLEY_LOG_FORMAT", "line", LOG_FORMATS)
 
 
-def device_from_env(environ: Mapping[str, str]) -> tuple[str, int]:
-    """MEDLEY_DEVICE and MEDLEY_TENSOR_PARALLEL alone: where a worker computes, and on how many devices."""
+def device_from_env(environ: Mapping[str, str]) -> tuple[str, int, float | None]:
+    """Where a worker computes, on how many devices, and with which share of their memory.
+
+    MEDLEY_DEVICE, MEDLEY_TENSOR_PARALLEL and MEDLEY_GPU_SHARE.
+    """
     worker = _worker(_Reader(environ))
-    return worker.device, worker.tensor_parallel
+    return worker.device, worker.tensor_parallel, worker.gpu_share
 
 
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -385,11 +390,13 @@ def _worker(read: _Reader) -> WorkerSettings:
         forward=read.choice("MEDLEY_FORWARD", default.forward, {"model", "null"}),
         seed=read.whole("MEDLEY_SEED", default.seed, low=0),
         adapter_host_bytes=read.optional_whole("MEDLEY_ADAPTER_HOST_BYTES", low=0),
+        gpu_share=read.optional_share("MEDLEY_GPU_SHARE"),
         max_tpot_ms=read.optional_milliseconds("MEDLEY_MAX_TPOT_MS"),
         batch_invariant=read.flag("MEDLEY_BATCH_INVARIANT", default.batch_invariant),
         tensor_parallel=read.whole("MEDLEY_TENSOR_PARALLEL", default.tensor_parallel, low=1),
         store_cache_dir=_path(read.text("MEDLEY_STORE_CACHE_DIR")),
         store_cache_bytes=read.whole("MEDLEY_STORE_CACHE_BYTES", default.store_cache_bytes, low=1),
+        engine_stall_s=read.seconds("MEDLEY_ENGINE_STALL_S", default.engine_stall_s),
         starts_asleep=read.choice("MEDLEY_START", "asleep", {"asleep", "active"}) == "asleep",
         sleep=read.optional_choice("MEDLEY_SLEEP", {"off", "host", "warm"}),
     )
@@ -504,6 +511,9 @@ class _Reader:
 
     def optional_milliseconds(self, key: str) -> float | None:
         return self._above_zero(key, "milliseconds", 3_600_000)
+
+    def optional_share(self, key: str) -> float | None:
+        return self._above_zero(key, "a share", 1)
 
     def _above_zero(self, key: str, unit: str, high: float) -> float | None:
         wanted = f"{unit} above 0 and at most {high}"

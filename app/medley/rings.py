@@ -16,12 +16,11 @@ from uuid import UUID
 
 import redis
 import structlog
-from kombu.exceptions import KombuError
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
-from medley.celery_app import TASKS_QUEUE, make_celery, worker_queue
+from medley.celery_app import TASKS_QUEUE, task_message, worker_queue
 
 DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were stored
 EXPAND_TASK = "medley.expand"
@@ -33,6 +32,7 @@ RUN_JOBS_TASK = "medley.run_jobs"
 SOCKET_TIMEOUT_S = 1.0
 # What waits for a Redis that does not answer; beyond it rings are dropped, as they would be anyway.
 MAX_PENDING = 10_000
+MAX_AT_ONCE = 200  # in one round trip
 
 log = structlog.get_logger()
 
@@ -60,7 +60,6 @@ class Ringer:
 
     def __init__(self, redis_url: str) -> None:
         self._redis = connect(redis_url)
-        self._celery = make_celery(redis_url)
         self._pending: dict[_Ring | _Task, None] = {}
         self._changed = threading.Condition()
         self._is_closed = False
@@ -92,8 +91,6 @@ class Ringer:
         self._thread.join(timeout=3 * SOCKET_TIMEOUT_S)
         with contextlib.suppress(redis.RedisError, OSError):
             self._redis.close()
-        with contextlib.suppress(KombuError, OSError):
-            self._celery.close()
 
     def _put(self, item: _Ring | _Task) -> None:
         with self._changed:
@@ -113,11 +110,9 @@ class Ringer:
 
     def _send(self, items: list[_Ring | _Task]) -> None:
         try:
-            self._publish([item for item in items if isinstance(item, _Ring)])
-            for item in items:
-                if isinstance(item, _Task):
-                    self._celery.send_task(item.name, args=list(item.args), queue=item.queue)
-        except Exception as error:  # kombu lets some through that are neither its own nor the network's
+            for start in range(0, len(items), MAX_AT_ONCE):
+                self._push(items[start : start + MAX_AT_ONCE])
+        except (redis.RedisError, OSError) as error:
             # One line an outage: every request rings.
             if not self._was_down:
                 log.warning("ring.lost", num_lost=len(items), error=type(error).__name__)
@@ -125,12 +120,13 @@ class Ringer:
         else:
             self._was_down = False
 
-    def _publish(self, rings: list[_Ring]) -> None:
-        if not rings:
-            return
+    def _push(self, items: list[_Ring | _Task]) -> None:
         with self._redis.pipeline(transaction=False) as pipe:
-            for ring in rings:
-                pipe.publish(ring.channel, ring.message)
+            for item in items:
+                if isinstance(item, _Ring):
+                    pipe.publish(item.channel, item.message)
+                else:
+                    pipe.lpush(item.queue, task_message(item.name, item.args, item.queue))
             pipe.execute()
 
 

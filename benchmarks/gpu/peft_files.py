@@ -56,13 +56,13 @@ class AdapterFiles:
         return folder
 
 
-def save_random(model: BaseModel, folder: Path, *, seed: int) -> None:
+def save_random(model: BaseModel, folder: Path, *, seed: int, device: str = "cuda") -> None:
     """One random adapter, made on the device."""
     folder.mkdir(parents=True)
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        numbers = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        numbers = torch.empty(shape, dtype=torch.bfloat16, device=device)
         return numbers.normal_(std=WEIGHT_STD, generator=generator).cpu()
 
     tensors: dict[str, torch.Tensor] = {}

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.record import RESULTS, processor, say
+from benchmarks.record import RESULTS, gpu_name, processor, say
 
 PACKAGES = ("torch", "flashinfer-python", "transformers", "peft", "safetensors", "numpy")
 DEFAULT_BUDGET_S = 460.0
@@ -62,12 +62,6 @@ def part_options(command: Callable[..., None]) -> Callable[..., None]:
     anew = click.option("--again", is_flag=True, help="Measure rows that are there once more.")
     budget = click.option("--budget-s", default=DEFAULT_BUDGET_S, show_default=True, help="Stop after so many seconds.")
     return to(anew(budget(main)))
-
-
-def gpu_name(device_name: str) -> str:
-    """The short name of a device: `h200` for "NVIDIA H200"."""
-    words = device_name.lower().removeprefix("nvidia ").split()
-    return next((word for word in words if word.startswith(("h100", "h200"))), "-".join(words))
 
 
 class Figure:

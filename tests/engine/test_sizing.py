@@ -12,6 +12,7 @@ from medley.spec.base_models import BaseModel, read_base_model
 from medley.spec.wire import EngineConfig
 from medley_worker.engine.sizing import (
     CPU_HOST_BYTES,
+    CUDA_CONTEXT_BYTES,
     CUDA_HOST_BYTES,
     DeviceMemory,
     EngineSizes,
@@ -24,7 +25,7 @@ from medley_worker.engine.sizing import (
 GIB = 1 << 30
 # Llama-2-7B's: a page of 16 tokens over 32 layers, a tile of gate and up.
 SHAPE = Shape(dtype_bytes=2, page_bytes=16 * 512 << 10, page_size=16, tile_bytes=15 << 20, adapter_tiles=64)
-MEMORY = DeviceMemory(free_bytes=125 * GIB, weight_bytes=13 * GIB)
+MEMORY = DeviceMemory(free_bytes=125 * GIB, weight_bytes=13 * GIB, total_bytes=140 * GIB)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,8 @@ def test_what_is_asked_for_is_given_and_the_rest_is_pages(model: BaseModel) -> N
         ({"adapter_bytes": -1}, "adapter_bytes"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_model_len": 5000}, "max_model_len"),
+        ({"gpu_share": 1.5}, "gpu_share: got 1.5, wanted above 0 and at most 1"),
+        ({"gpu_share": 0.05}, r"gpu_share: got 0.05, \d+ bytes; wanted more than weights and context, \d+ bytes"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_name_in_bytes(
@@ -105,6 +108,14 @@ def test_what_does_not_fit_is_refused_by_its_name_in_bytes(
 def test_a_small_device_keeps_half_of_what_is_left_for_pages(model: BaseModel) -> None:
     got = sizes(model, DeviceMemory(3 * GIB, 13 * GIB), max_num_seqs=8, max_num_batched_tokens=256)
     assert got.num_pages * SHAPE.page_bytes > got.num_tiles * SHAPE.tile_bytes > GIB // 2
+
+
+def test_engines_that_share_a_gpu_fit_on_it_together(model: BaseModel) -> None:
+    got = sizes(model, gpu_share=0.5, max_num_seqs=1024)
+    own = MEMORY.total_bytes // 2 - MEMORY.weight_bytes - CUDA_CONTEXT_BYTES
+    assert own - 2 * SHAPE.page_bytes < taken(model, got) <= own
+    little_is_free = DeviceMemory(20 * GIB, MEMORY.weight_bytes, MEMORY.total_bytes)
+    assert taken(model, sizes(model, little_is_free, gpu_share=0.5)) <= 20 * GIB, "what is free is the limit still"
 
 
 def test_a_cpu_takes_fixed_sizes(model: BaseModel) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fleets import Fleet, make_fleet
 from stacks import ASSETS, LEASE_S, TICK_S, Service
 
 from medley.client import Client
@@ -35,3 +36,17 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
         service.client.close()
         service.engine.dispose()
         service.stack.stop()
+
+
+@pytest.fixture
+def start_fleet(start_service: Callable[..., Service]) -> Iterator[Callable[..., Fleet]]:
+    """Starts a stack without workers; the scenario adds them."""
+    fleets: list[Fleet] = []
+
+    def start(**environ: str) -> Fleet:
+        fleets.append(make_fleet(start_service(workers=0, **environ)))
+        return fleets[-1]
+
+    yield start
+    for fleet in fleets:
+        fleet.close()

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Connection, Row, text
 
 from medley.config import Quotas
-from medley.db import adapters, batches, ends, flags, queue, quotas, tenants, workers
+from medley.db import adapters, batches, demand, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
@@ -151,9 +151,9 @@ class Ledger:
                 {"id": batch},
             )
 
-    def claim(self, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[queue.Claimed]:
+    def claim(self, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Held]:
         with self.working() as conn:
-            return queue.claim(conn, self.pool, worker, lanes)
+            return claim_lanes(conn, self.pool, worker, lanes)
 
     def complete(self, worker: UUID, jobs: Sequence[tuple[UUID, int]], **fields: Any) -> list[ends.Ended]:
         """Completes (job, attempt) pairs, by default as succeeded with two tokens."""
@@ -289,6 +289,27 @@ class Ledger:
         for tenant in tokens.keys() | stored.keys():
             expected = tokens[tenant] / self.weights[tenant]
             assert stored.get(tenant, 0.0) == pytest.approx(expected), "service is usage plus what is leased"
+
+
+@dataclass(frozen=True)
+class Held:
+    job: UUID
+    attempt: int
+    lane: UUID
+
+
+def claim_lanes(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Held]:
+    """Up to n jobs of each (lane, n), of the highest priority first."""
+    waiting = sorted(demand.read_demand(conn, pool), key=lambda waits: -waits.priority)
+    wants = []
+    for lane, num_jobs in lanes:
+        left = num_jobs
+        for waits in waiting:
+            if waits.lane == lane and left > 0:
+                wants.append(queue.Want(worker, lane, waits.priority, min(left, waits.num_queued)))
+                left -= wants[-1].num_jobs
+    claimed = queue.claim(conn, pool, wants)
+    return [Held(UUID(hex=job), attempt, got.want.lane) for got in claimed for job, attempt in got.jobs]
 
 
 def reserve(conn: Connection, batch: batches.NewBatch, num_jobs: int, *, num_bytes: int = 0) -> None:

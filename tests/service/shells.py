@@ -19,13 +19,13 @@ from uuid import UUID
 
 import numpy as np
 import psutil
-from ledger import reserve
+from ledger import claim_lanes, reserve
 from safetensors.numpy import save_file
 from sqlalchemy import Row, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from medley.celery_app import make_celery, worker_queue
-from medley.db import adapters, batches, leaders, queue, tenants, workers
+from medley.db import adapters, batches, leaders, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import NewJob, append_jobs
 from medley.db.workers import WorkerState
@@ -241,7 +241,7 @@ class Site:
             assert term is not None
             leaders.hold_term(conn, POOL, self._leader, term)
             lanes = conn.execute(text("SELECT DISTINCT lane FROM jobs WHERE state = 'queued'")).scalars().all()
-            return [c.job for c in queue.claim(conn, POOL, shell.worker, [(lane, limit) for lane in lanes])]
+            return [c.job for c in claim_lanes(conn, POOL, shell.worker, [(lane, limit) for lane in lanes])]
 
     def ring(self, shell: ShellProcess, jobs: Sequence[UUID]) -> None:
         """What the dispatcher sends after a claim."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from uuid import UUID
 
 import pytest
-from ledger import Ledger
+from ledger import Ledger, claim_lanes
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
-from medley.db import chores, leaders, queue, workers
+from medley.db import chores, leaders, workers
 from medley.db.connections import tenant_transaction, transaction
 from medley.spec.ids import uuid7
 
@@ -93,7 +93,7 @@ def test_two_claims_at_once_never_take_the_same_job(ledger: Ledger) -> None:
     with transaction(ledger.work) as first, transaction(ledger.work) as second:
         # The first connection has the first three rows in hand, as a claim in mid-transaction has.
         taken = set(first.execute(text(rows), {"pool": ledger.pool}).scalars())
-        skipped = {c.job for c in queue.claim(second, ledger.pool, two, [(tenant, 3)])}
+        skipped = {c.job for c in claim_lanes(second, ledger.pool, two, [(tenant, 3)])}
         assert len(skipped) == 3
         assert not skipped & taken
     rest = {c.job for c in ledger.claim(one, [(tenant, 6)])}
@@ -127,7 +127,7 @@ def test_a_stale_leader_writes_nothing(ledger: Ledger) -> None:
     def claim_in_the_old_term() -> None:
         with ledger.working() as conn:
             leaders.hold_term(conn, ledger.pool, me, term)
-            queue.claim(conn, ledger.pool, worker, [(tenant, 1)])
+            claim_lanes(conn, ledger.pool, worker, [(tenant, 1)])
 
     with pytest.raises(leaders.TermLost):
         claim_in_the_old_term()

@@ -9,7 +9,7 @@ import pytest
 from ledger import Ledger
 from sqlalchemy import text
 
-from medley.db import chores, crashes, queue
+from medley.db import batches, chores, crashes, queue
 
 NUM_LANES = 20
 
@@ -25,7 +25,9 @@ def lanes(ledger: Ledger) -> list[UUID]:
 
 
 def test_a_full_queue_is_claimed_from_and_looked_at_by_index(ledger: Ledger, lanes: list[UUID]) -> None:
-    claim = {"pool": ledger.pool, "worker": ledger.start_worker(), "lanes": lanes, "counts": [3] * NUM_LANES}
+    holders = [ledger.start_worker() for _ in range(10)]
+    wants = [queue.Want(w, lane, batches.NORMAL, 3) for lane in lanes for w in holders[::3]]
+    claim = queue._parameters(ledger.pool, wants, {})
     at_stake = {"jobs": [], "limit": 1}
     with ledger.working() as conn:
         plans = [

@@ -191,6 +191,53 @@ def test_jobs_of_a_dead_worker_go_to_a_living_one(stage: Stage) -> None:
     stage.ledger.check()
 
 
+def test_one_claim_gives_many_workers_their_jobs_and_each_is_told_of_its_own(stage: Stage) -> None:
+    tenants = [stage.ledger.add_tenant() for _ in range(3)]
+    holders = [stage.ledger.start_worker(max_num_seqs=4) for _ in range(5)]
+    for tenant in tenants:
+        stage.ledger.submit(tenant, [None] * 20)
+    stage.dispatcher().tick()
+    jobs = stage.ledger.jobs()
+    for worker in holders:
+        own = sorted(row.id.hex for row in jobs.values() if row.worker_id == worker)
+        assert len(own) == 8
+        wait_until(lambda own=own, worker=worker: sorted(job for part in stage.messages(worker) for job in part) == own)
+    with stage.ledger.working() as conn:
+        statement = text("SELECT count(DISTINCT xmin::text) FROM jobs WHERE pool = :pool AND state = 'leased'")
+        assert conn.execute(statement, {"pool": stage.ledger.pool}).scalar_one() == 1
+    stage.ledger.check()
+
+
+def test_a_job_that_was_given_back_is_the_first_of_its_lane_again(stage: Stage) -> None:
+    tenant, worker = stage.ledger.add_tenant(), stage.ledger.start_worker(max_num_seqs=2)
+    stage.ledger.submit(tenant, [None] * 40)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    held = sorted((row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker)
+    back = held[1]
+    stage.ledger.complete(worker, [job for job in held if job != back])
+    stage.ledger.release(worker, [back])
+    stage.tick(dispatcher)
+    assert stage.ledger.jobs()[back[0]].state == "leased"
+    stage.ledger.check()
+
+
+def test_what_was_resumed_before_the_place_where_claims_look_is_found(stage: Stage) -> None:
+    tenant, worker = stage.ledger.add_tenant(), stage.ledger.start_worker(max_num_seqs=2)
+    paused = stage.ledger.submit(tenant, [None] * 2)
+    stage.ledger.flag(tenant, paused, "pause")
+    stage.ledger.submit(tenant, [None] * 8)
+    dispatcher = stage.dispatcher()
+    dispatcher.tick()
+    stage.ledger.flag(tenant, paused, "resume")
+    for _ in range(8):
+        held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
+        stage.ledger.complete(worker, held)
+        stage.tick(dispatcher)
+    assert set(stage.states()) == {"succeeded"}
+    stage.ledger.check()
+
+
 def test_only_one_leads_and_a_standby_follows_a_resignation_at_once(stage: Stage) -> None:
     tenant = stage.ledger.add_tenant()
     stage.ledger.start_worker()

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from medley.cli import main
 from medley.db import fleet, queue, workers
+from medley.db.batches import NORMAL
 from medley.db.fleet import Steer
 from medley.db.workers import WorkerState
 from medley.dispatcher.loop import Dispatcher
@@ -99,7 +100,7 @@ def test_a_claim_that_was_planned_before_a_hold_gives_nothing(hand: Hand) -> Non
     with hand.engine.begin() as conn:  # held with a job that has ended by now: it stands active
         conn.execute(text("UPDATE workers SET held_state = 'asleep', held_by = 'me', held_at = clock_timestamp()"))
     with hand.ledger.working() as conn:
-        assert queue.claim(conn, hand.ledger.pool, worker, [(tenant, 5)]) == []
+        assert queue.claim(conn, hand.ledger.pool, [queue.Want(worker, tenant, NORMAL, 5)]) == []
 
 
 def test_a_dispatcher_plans_around_holds(hand: Hand, database: Any, embedded: Any) -> None:

@@ -131,6 +131,7 @@ _ENGINE_KEYS = {
     "MEDLEY_FORWARD": ("null", "null"),
     "MEDLEY_SEED": ("11", 11),
     "MEDLEY_ADAPTER_HOST_BYTES": ("0", 0),
+    "MEDLEY_GPU_SHARE": ("0.45", 0.45),
     "MEDLEY_MAX_TPOT_MS": ("12.5", 12.5),
     "MEDLEY_BATCH_INVARIANT": ("true", True),
     "MEDLEY_TENSOR_PARALLEL": ("2", 2),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from base64 import b64decode
 
 import pytest
 import redis
 
+from medley.celery_app import make_celery, task_message
 from medley.local.embedded import EmbeddedServers
 from medley.rings import Bell, Ringer, pool_channel
 
@@ -47,6 +50,26 @@ def test_a_task_message_reaches_the_celery_queue_once(redis_url: str) -> None:
     ringer.close()
     with redis.Redis.from_url(redis_url) as client:
         assert client.llen("tasks") == 1
+
+
+def _shape(value: object) -> object:
+    """What kinds of values stand where, beside ids that differ from message to message."""
+    if isinstance(value, dict):
+        return {key: _shape(inner) for key, inner in value.items()}
+    return [_shape(inner) for inner in value] if isinstance(value, list) else type(value)
+
+
+def test_a_task_message_is_what_celery_itself_would_have_sent(redis_url: str) -> None:
+    queue, args = "gpu.somewhere", ("one", ("a", "b"))
+    make_celery(redis_url).send_task("medley.run_jobs", args=list(args), queue=queue)
+    with redis.Redis.from_url(redis_url) as client:
+        theirs = json.loads(client.lpop(queue))
+    ours = json.loads(task_message("medley.run_jobs", args, queue))
+    assert _shape(ours) == _shape(theirs)
+    assert ours["headers"]["task"] == theirs["headers"]["task"]
+    assert ours["headers"]["id"] == ours["properties"]["correlation_id"]
+    assert ours["properties"]["delivery_info"] == theirs["properties"]["delivery_info"]
+    assert json.loads(b64decode(ours["body"])) == json.loads(b64decode(theirs["body"]))
 
 
 def test_ringing_a_dead_redis_neither_blocks_nor_raises_and_works_again_after_it(embedded: EmbeddedServers) -> None:

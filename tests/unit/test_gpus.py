@@ -51,3 +51,24 @@ def test_each_worker_has_gpus_of_its_own(device: str, num_workers: int, size: in
 def test_where_there_are_too_few_the_error_says_how_many_are_wanted(device: str, num_workers: int, size: int) -> None:
     with pytest.raises(TooFewGpus, match=r"got 4, wanted [56]: .*--workers or --tensor-parallel"):
         share_gpus("abcd", device, num_workers, size)
+
+
+@pytest.mark.parametrize(
+    ("share", "num_workers", "size", "wanted"),
+    [
+        (0.45, 4, 1, ["a", "b", "c", "d"]),  # none shares while there are enough
+        (0.45, 6, 1, ["a", "b", "c", "d", "a", "b"]),
+        (0.3, 5, 2, ["a,b", "c,d", "a,b", "c,d", "a,b"]),
+        (0.9, 2, 2, ["a,b", "c,d"]),
+    ],
+)
+def test_workers_with_a_share_of_a_gpu_take_turns(share: float, num_workers: int, size: int, wanted: list[str]) -> None:
+    places = share_gpus("abcd", "cuda", num_workers, size, share)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == wanted
+
+
+def test_no_more_workers_share_a_gpu_than_their_shares_leave_room_for() -> None:
+    with pytest.raises(TooFewGpus, match=r"got 4, wanted 5: .*MEDLEY_GPU_SHARE"):
+        share_gpus("abcd", "cuda", 9, 1, 0.45)
+    with pytest.raises(TooFewGpus, match="got 4, wanted 5"):
+        share_gpus("abcd", "cuda", 5, 1, 0.9)

@@ -8,7 +8,7 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_plans import active, homes, lane, replace_lane, uid
+from plain_plans import active, base_lane, homes, lane, replace_lane, uid
 
 from medley.dispatcher.plans import Rules, Tenant
 from medley.dispatcher.policy import plan
@@ -19,7 +19,7 @@ class Backlog:
 
     def __init__(self, seed: int, *, is_corrected: bool) -> None:
         self.draw = random.Random(seed)
-        self.rules = Rules(max_turn=self.draw.choice([1, 4, 16]))
+        self.rules = Rules(max_turn=self.draw.choice([1, 4, 16]), max_turns=self.draw.choice([1, 5, 1_000]))
         self.weights = {t: self.draw.choice([0.5, 1, 4]) for t in (1, 2, 3, 4)}
         self.sizes = {t: self.draw.choice([5, 40, 300]) for t in self.weights}
         self.load = self.draw.choice([0.0, 100.0])
@@ -96,6 +96,26 @@ def test_none_of_a_thousand_tenants_starves() -> None:
             counters[tenant] += assignment.num_jobs * sizes[tenant]
             unserved.discard(tenant)
     assert not unserved
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10_000), max_turns=st.sampled_from([64, 128, 1_000]))
+def test_a_thousand_tenants_of_equal_jobs_take_turns_round_after_round(seed: int, max_turns: int) -> None:
+    draw = random.Random(seed)
+    counters = {t: draw.uniform(0, 1) for t in range(1, 1001)}
+    lanes = [base_lane(t, 1_000) for t in counters]
+    rules = Rules(max_turns=max_turns)
+    room = 512  # of a worker with 256 rows, whose jobs have all ended when the next plan is made
+    turn = max(1, room // max_turns)
+    # Everybody else has one turn between two of one's own, or two where counters began up to a job apart.
+    most_plans = 2 * -(-1_000 * turn // room)
+    last_served = dict.fromkeys(counters, 0)
+    for number in range(1, 2 * most_plans):
+        tenants = [Tenant(uid(t), service) for t, service in counters.items()]
+        for made in plan(lanes, tenants, [active(9, rows=256)], rules=rules).assignments:
+            counters[made.lane.int] += made.num_jobs
+            last_served[made.lane.int] = number
+        assert min(last_served.values()) >= number - most_plans
 
 
 @settings(max_examples=25, deadline=None)

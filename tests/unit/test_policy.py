@@ -254,7 +254,7 @@ def test_while_jobs_wait_the_next_look_comes_before_a_backlog_ends() -> None:
 def test_a_rate_is_what_a_worker_was_given_less_what_it_holds() -> None:
     seen, worker = Sightings(), uid(1)
     seen.see_workers({worker: 0}, 0.0)
-    seen.see_claims(worker, [(uid(5), 20)] * 100, 0.5)
+    seen.see_claim(worker, uid(5), 100, 2_000, 0.5)
     seen.see_workers({worker: 40}, 1.0)
     assert seen.jobs_per_s(worker) == 60
     assert seen.idle_s(worker, 1.0) == 0
@@ -267,7 +267,7 @@ def test_a_worker_whose_jobs_come_and_go_between_two_looks_is_not_idle() -> None
     seen, worker = Sightings(), uid(1)
     seen.see_workers({worker: 0}, 0.0)
     assert seen.idle_s(worker, 60.0) == 60
-    seen.see_claims(worker, [(uid(5), 20)], 60.0)
+    seen.see_claim(worker, uid(5), 1, 20, 60.0)
     seen.see_workers({worker: 0}, 61.0)
     assert seen.idle_s(worker, 63.0) == 2
 
@@ -277,7 +277,7 @@ def test_a_lane_waits_from_its_last_claim_on() -> None:
     seen.see_workers({worker: 0}, 0.0)
     seen.see_lanes([uid(5)], 1.0)
     assert seen.waited_s(uid(5), 4.0) == 3
-    seen.see_claims(worker, [(uid(5), 20), (uid(5), 40)], 4.0)
+    seen.see_claim(worker, uid(5), 2, 60, 4.0)
     assert seen.waited_s(uid(5), 6.0) == 2
     assert seen.job_tokens(uid(5)) == 30
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from fastapi import APIRouter, Depends, Response
 
 from medley.api.auth import anyone
 from medley.api.errors import ErrorBody, NotFound
+from medley.version import version
 
 JSON = "application/json"
 _REF = "#/components/schemas/{name}"
@@ -93,7 +93,7 @@ def document(
         found.setdefault(operation.path, {})[operation.method.lower()] = writer.operation(operation)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Medley", "version": version("medley"), "description": _DESCRIPTION},
+        "info": {"title": "Medley", "version": version(), "description": _DESCRIPTION},
         "paths": found,
         "components": {
             "schemas": components,

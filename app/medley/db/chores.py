@@ -25,7 +25,9 @@ class Due:
 _DUE = text(
     "SELECT EXISTS (SELECT FROM workers WHERE pool = :pool AND state <> 'gone'"
     "  AND lease_until <= clock_timestamp()) AS mark_gone,"
-    " EXISTS (SELECT FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+    # Worker by worker: a join may look through all that is leased, which is most of a large fleet's rows.
+    " EXISTS (SELECT FROM workers w CROSS JOIN LATERAL"
+    "  (SELECT FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased' LIMIT 1) h"
     "  WHERE w.pool = :pool AND w.state = 'gone') AS reclaim,"
     " EXISTS (SELECT FROM jobs WHERE state = 'queued' AND deadline_at IS NOT NULL"
     "  AND deadline_at <= statement_timestamp()) AS expire,"

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import Connection, text
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tenant in one pool: tokens of service received over its weight, and whether its jobs were waiting."""
 
     tenant: UUID
@@ -28,18 +28,20 @@ class Standing:
     is_backlogged: bool
 
 
-_READ = text(
-    "SELECT t.id, coalesce(c.service, 0) AS service, t.weight, coalesce(c.is_backlogged, false) AS is_backlogged"
-    " FROM tenants t LEFT JOIN tenant_counters c ON c.pool = :pool AND c.tenant_id = t.id"
-    " WHERE t.id = ANY(:tenants) OR t.id IN ("
-    "  SELECT b.tenant_id FROM tenant_counters b WHERE b.pool = :pool AND b.is_backlogged)"
-)
+_READ = """
+SELECT coalesce(json_agg(json_build_array(t.id, coalesce(c.service, 0), t.weight, coalesce(c.is_backlogged, false))),
+    '[]')::text
+FROM tenants t LEFT JOIN tenant_counters c ON c.pool = %(pool)s AND c.tenant_id = t.id
+WHERE t.id = ANY(%(tenants)b::uuid[]) OR t.id IN (
+    SELECT b.tenant_id FROM tenant_counters b WHERE b.pool = %(pool)s AND b.is_backlogged)
+"""
+_accounts_decoder = msgspec.json.Decoder(list[Account])
 
 
 def read_accounts(conn: Connection, pool: str, tenants: Iterable[UUID]) -> list[Account]:
     """The accounts of `tenants` (zeros for one that is new) and of all that were last seen backlogged."""
-    rows = conn.execute(_READ, {"pool": pool, "tenants": list(tenants)})
-    return [Account(row.id, row.service, row.weight, row.is_backlogged) for row in rows]
+    document = conn.exec_driver_sql(_READ, {"pool": pool, "tenants": list(tenants)}).scalar_one()
+    return _accounts_decoder.decode(document)
 
 
 def read_top_service(conn: Connection, pool: str) -> float:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from medley.db.batches import lock_batches
 from medley.db.demand import add_demand, array_literal, charge
@@ -19,96 +20,117 @@ from medley.db.ends import End, end_unclaimed, finite, storable_details
 from medley.spec.jobs import Checkpoint, JobState
 
 
-class Claimed(msgspec.Struct, frozen=True, array_like=True):
-    job: UUID
-    attempt: int
-    tenant: UUID
+@dataclass(frozen=True)
+class Want:
+    """Jobs of one lane and priority that one worker is to have, and what the load of their adapter is charged."""
+
+    worker: UUID
     lane: UUID
-    est_tokens: int
     priority: int
-    revision: UUID | None
+    num_jobs: int
+    load_tokens: float = 0.0
 
 
-# An array hides from the planner how many jobs it thinks are picked: it takes a tenth of each lane's, and would read
-# the whole table to find them (measured: 0.2 s for 900 of 600,000).
+@dataclass(frozen=True)
+class Claimed:
+    """What came of a want: the jobs' ids in hex, in order, each with its attempt, and what they were charged."""
+
+    want: Want
+    jobs: Sequence[tuple[str, int]]
+    est_tokens: float
+
+
+# Of each lane as many as all its wants together; then each want gets its own, in the order in which they stand in
+# `takers`. Arrays hide from the planner how many jobs it thinks are picked: it takes a tenth of each lane's, and
+# would read the whole table to find them (measured: 0.2 s for 900 of 600,000); and how many workers live: it takes
+# them for one, and would compare each job with all (30 us a job over 286 workers). `starts`: where in a lane to
+# begin, so that what was claimed before and is kept for somebody's snapshot is not read again (`dispatcher.heads`).
+# Counters before demand, as everywhere.
 _CLAIM = """
-WITH want AS (
-    SELECT * FROM unnest(%(lanes)b::uuid[], %(counts)b::int4[]) WITH ORDINALITY AS w(lane, n, ord)
-), picked AS (
-    SELECT q.id FROM want w CROSS JOIN LATERAL (
-        SELECT j.id FROM jobs j
-        WHERE j.pool = %(pool)s AND j.lane = w.lane AND j.state = 'queued' AND NOT j.is_held
-        ORDER BY j.priority DESC, j.id LIMIT w.n FOR UPDATE SKIP LOCKED
+WITH living AS MATERIALIZED (
+    SELECT ARRAY(SELECT w.id FROM unnest(%(workers)b::uuid[]) WITH ORDINALITY AS o(id, ord)
+        LEFT JOIN workers w ON w.id = o.id AND w.state IN ('active', 'waking')
+            AND w.held_state IS DISTINCT FROM 'asleep' AND w.lease_until > clock_timestamp()
+        ORDER BY o.ord) AS ids
+), picked AS MATERIALIZED (
+    SELECT q.id, (%(takers)b::int4[])[l.first + q.k] AS taker
+    FROM unnest(%(lanes)b::uuid[], %(priorities)b::int2[], %(starts)b::uuid[], %(counts)b::int4[], %(firsts)b::int4[])
+        AS l(lane, priority, start, n, first) CROSS JOIN LATERAL (
+        SELECT found.id, row_number() OVER () AS k FROM (
+            SELECT j.id FROM jobs j
+            WHERE j.pool = %(pool)s AND j.lane = l.lane AND j.priority = l.priority AND j.id >= l.start
+                AND j.state = 'queued' AND NOT j.is_held
+            ORDER BY j.id LIMIT l.n FOR UPDATE SKIP LOCKED
+        ) found
     ) q
 ), claimed AS (
-    UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
-    FROM workers w
-    WHERE j.id = ANY(ARRAY(SELECT id FROM picked)) AND w.id = %(worker)s AND w.state IN ('active', 'waking')
-        AND w.held_state IS DISTINCT FROM 'asleep' AND w.lease_until > clock_timestamp()
-    RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id
+    UPDATE jobs j SET state = 'leased', worker_id = (SELECT ids FROM living)[p.taker], attempt = attempt + 1,
+        leased_at = clock_timestamp()
+    FROM picked p
+    WHERE j.id = p.id AND (SELECT ids FROM living)[p.taker] IS NOT NULL AND j.id = ANY(ARRAY(SELECT id FROM picked))
+    RETURNING j.id, j.attempt, j.tenant_id, j.lane, j.est_tokens, j.priority, j.revision_id, p.taker
+), given AS MATERIALIZED (
+    SELECT taker, tenant_id, lane, priority, revision_id, count(*) AS n, sum(est_tokens) AS est_tokens,
+        json_agg(json_build_array(encode(uuid_send(id), 'hex'), attempt) ORDER BY id) AS jobs
+    FROM claimed GROUP BY taker, tenant_id, lane, priority, revision_id
+), charged AS (
+    INSERT INTO tenant_counters AS c (pool, tenant_id, service)
+    SELECT %(pool)s, t.id, u.tokens / t.weight FROM (
+        SELECT tenant_id, sum(est_tokens + (%(load_tokens)b::float8[])[taker]) AS tokens FROM given GROUP BY tenant_id
+    ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY t.id
+    ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service RETURNING 1
+), undemanded AS (
+    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT %(pool)s, lane, priority, tenant_id, revision_id, -sum(n)::int4 FROM given
+    WHERE (SELECT count(*) FROM charged) >= 0
+    GROUP BY lane, priority, tenant_id, revision_id ORDER BY lane, priority
+    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
 )
-SELECT coalesce(json_agg(json_build_array(id, attempt, tenant_id, lane, est_tokens, priority, revision_id)), '[]')::text
-FROM claimed
+SELECT coalesce(json_agg(json_build_array(taker, est_tokens, jobs)), '[]')::text FROM given
 """
-_claimed_decoder = msgspec.json.Decoder(list[Claimed])
-
-
-@dataclass
-class Part:
-    """What one claim takes for one worker: jobs by lane, and what loads of adapters are charged, in tokens."""
-
-    num_jobs: int = 0
-    _lanes: Counter[UUID] = field(default_factory=Counter)
-    load_tokens: dict[UUID, float] = field(default_factory=dict)
-
-    @property
-    def lanes(self) -> list[tuple[UUID, int]]:
-        return list(self._lanes.items())
-
-    def add(self, lane: UUID, num_jobs: int, load_tokens: float = 0.0) -> None:
-        self.num_jobs += num_jobs
-        self._lanes[lane] += num_jobs
-        if load_tokens:
-            self.load_tokens[lane] = self.load_tokens.get(lane, 0.0) + load_tokens
+_given_decoder = msgspec.json.Decoder(list[tuple[int, float, list[tuple[str, int]]]])
+_ANYWHERE = UUID(int=0)
 
 
 def claim(
-    conn: Connection,
-    pool: str,
-    worker: UUID,
-    lanes: Sequence[tuple[UUID, int]],
-    load_tokens: Mapping[UUID, float] | None = None,
+    conn: Connection, pool: str, wants: Sequence[Want], starts: Mapping[tuple[UUID, int], UUID] | None = None
 ) -> list[Claimed]:
-    """Assigns up to n jobs of each (lane, n) to `worker`: the row itself becomes the assignment.
+    """Gives each worker the jobs that it is to have, as far as there are: the row itself becomes the assignment.
 
-    Charges the tenants by estimate, and for the adapters that their jobs bring to the worker (tokens by lane; lanes
-    of which nothing was claimed are not charged). The caller holds its term in this transaction
-    (`leaders.hold_term`). A worker without a live lease gets nothing.
+    Charges the tenants by estimate, and for the adapters that their jobs bring to a worker (not where it got none).
+    starts: by lane and priority, the id below which nothing is looked for. The caller holds its term in this
+    transaction (`leaders.hold_term`). A worker without a live lease gets nothing; a want of nothing has no answer.
     """
-    document = conn.exec_driver_sql(
-        _CLAIM,
-        {
-            "pool": pool,
-            "worker": worker,
-            "lanes": [lane for lane, _ in lanes],
-            "counts": [n for _, n in lanes],
-        },
-    ).scalar_one()
-    claimed = _claimed_decoder.decode(document)
-    _leave_queue(conn, pool, claimed, load_tokens or {})
-    return claimed
+    document = conn.exec_driver_sql(_CLAIM, _parameters(pool, wants, starts or {})).scalar_one()
+    return [Claimed(wants[taker - 1], jobs, tokens) for taker, tokens, jobs in _given_decoder.decode(document)]
 
 
-def _leave_queue(conn: Connection, pool: str, claimed: Sequence[Claimed], load_tokens: Mapping[UUID, float]) -> None:
-    tokens: dict[UUID, float] = defaultdict(float)
-    for lane, tenant in {job.lane: job.tenant for job in claimed}.items():
-        tokens[tenant] += load_tokens.get(lane, 0.0)
-    left: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
-    for job in claimed:
-        tokens[job.tenant] += job.est_tokens
-        left[(job.lane, job.priority, job.tenant, job.revision)] += 1
-    charge(conn, pool, tokens)
-    add_demand(conn, pool, [(*key, -n) for key, n in left.items()])
+def _parameters(pool: str, wants: Sequence[Want], starts: Mapping[tuple[UUID, int], UUID]) -> dict[str, object]:
+    takers: dict[tuple[UUID, int], list[int]] = defaultdict(list)
+    for place, want in enumerate(wants, start=1):
+        takers[(want.lane, want.priority)] += [place] * want.num_jobs
+    counts = [len(places) for places in takers.values()]
+    return {
+        "pool": pool,
+        "workers": [want.worker for want in wants],
+        "load_tokens": [want.load_tokens for want in wants],
+        "lanes": [lane for lane, _ in takers],
+        "priorities": [priority for _, priority in takers],
+        "starts": [starts.get(key, _ANYWHERE) for key in takers],
+        "counts": counts,
+        "firsts": list(accumulate(counts[:-1], initial=0)) if counts else [],
+        "takers": [place for places in takers.values() for place in places],
+    }
+
+
+_RETURNED = text(
+    "SELECT DISTINCT lane, priority FROM jobs WHERE pool = :pool AND state = 'queued' AND NOT is_held AND attempt > 0"
+)
+
+
+def read_returned(conn: Connection, pool: str) -> set[tuple[UUID, int]]:
+    """(lane, priority) in which jobs wait that a worker had before: they come first, having the lowest ids."""
+    return {(row.lane, row.priority) for row in conn.execute(_RETURNED, {"pool": pool})}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ must begin again under a new id. Ids are never reused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -162,16 +162,75 @@ def read_workers(conn: Connection, pool: str) -> Sequence[Row[Any]]:
     return conn.execute(_READ_WORKERS, {"pool": pool}).all()
 
 
-def leased_by_lane(conn: Connection, pool: str) -> Sequence[Row[Any]]:
-    """(worker_id, lane, tenant_id, num_jobs, est_tokens) of what is leased in the pool."""
-    return conn.execute(
-        text(
-            "SELECT j.worker_id, j.lane, j.tenant_id, count(*) AS num_jobs, sum(j.est_tokens) AS est_tokens"
-            " FROM workers w JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
-            " WHERE w.pool = :pool AND w.state <> 'gone' GROUP BY j.worker_id, j.lane, j.tenant_id"
-        ),
-        {"pool": pool},
-    ).all()
+class Stand(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How one living worker stands, as a plan needs it; `stats` is what it last reported."""
+
+    id: UUID
+    host: str
+    pid: int
+    state: WorkerState
+    desired_state: WorkerState
+    held_state: WorkerState | None  # by an operator
+    max_num_seqs: int
+    num_tiles: int
+    num_leased: int
+    leased_since: float  # none of its jobs was leased before: Unix time of the database, rounded down
+    unchanged_s: float
+    stats: dict[str, Any]
+
+
+# Jobs that were leased and have ended stay in the index for as long as anybody's snapshot is older: what is known to
+# have ended is not read again.
+_SINCE = """
+    workers w LEFT JOIN unnest(%(workers)b::uuid[], %(since)b::float8[]) AS s(id, since) ON s.id = w.id
+    CROSS JOIN LATERAL to_timestamp(coalesce(s.since, 0)) AS oldest(leased_at)
+"""
+_READ_STANDS = f"""
+SELECT coalesce(json_agg(json_build_array(w.id, w.host, w.pid, w.state, w.desired_state,
+    w.held_state, w.max_num_seqs, w.num_tiles, h.num_leased,
+    extract(epoch FROM coalesce(h.leased_at, statement_timestamp()))::float8 - 0.001,
+    extract(epoch FROM clock_timestamp() - w.changed_at)::float8, w.stats) ORDER BY w.id), '[]')::text
+FROM {_SINCE} CROSS JOIN LATERAL (
+    SELECT count(*) AS num_leased, min(j.leased_at) AS leased_at FROM jobs j
+    WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
+WHERE w.pool = %(pool)s AND w.state <> 'gone'
+"""
+_stands_decoder = msgspec.json.Decoder(list[Stand])
+
+
+def read_stands(conn: Connection, pool: str, leased_since: Mapping[UUID, float]) -> list[Stand]:
+    """The pool's living workers, in id order. leased_since: as the last ones said; a worker may be absent."""
+    document = conn.exec_driver_sql(_READ_STANDS, {"pool": pool, **_since(leased_since)}).scalar_one()
+    return _stands_decoder.decode(document)
+
+
+def _since(leased_since: Mapping[UUID, float]) -> dict[str, object]:
+    return {"workers": list(leased_since), "since": list(leased_since.values())}
+
+
+_READ_HOMES = text(
+    "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
+    " SELECT unnest(resident) AS lane, id AS worker FROM workers WHERE pool = :pool AND state <> 'gone') h"
+)
+_READ_LEASED = f"""
+SELECT coalesce(json_agg(json_build_array(h.lane, w.id)), '[]')::text
+FROM {_SINCE} CROSS JOIN LATERAL (
+    SELECT DISTINCT j.lane FROM jobs j
+    WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
+WHERE w.pool = %(pool)s AND w.state <> 'gone'
+"""
+_pairs_decoder = msgspec.json.Decoder(list[tuple[UUID, UUID]])
+
+
+def read_resident(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
+    """(adapter revision, worker) of what living workers have in device memory."""
+    return _pairs_decoder.decode(conn.execute(_READ_HOMES, {"pool": pool}).scalar_one())
+
+
+def read_leased_lanes(conn: Connection, pool: str, leased_since: Mapping[UUID, float]) -> list[tuple[UUID, UUID]]:
+    """(lane, worker) of the jobs that living workers hold, each once. leased_since: see `read_stands`."""
+    document = conn.exec_driver_sql(_READ_LEASED, {"pool": pool, **_since(leased_since)}).scalar_one()
+    return _pairs_decoder.decode(document)
 
 
 def mark_gone(conn: Connection, pool: str) -> list[UUID]:
@@ -190,8 +249,8 @@ def reclaim(conn: Connection, pool: str, limit: int = 2_000) -> int:
     """
     rows = conn.execute(
         text(
-            "SELECT j.id, j.batch_id, j.worker_id FROM workers w"
-            " JOIN jobs j ON j.worker_id = w.id AND j.state = 'leased'"
+            "SELECT j.id, j.batch_id, j.worker_id FROM workers w CROSS JOIN LATERAL"
+            " (SELECT * FROM jobs j WHERE j.worker_id = w.id AND j.state = 'leased' LIMIT :limit) j"
             " WHERE w.pool = :pool AND w.state = 'gone' ORDER BY j.id LIMIT :limit"
         ),
         {"pool": pool, "limit": limit},

@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row
-
-from medley.db.workers import WorkerState
+from medley.db.workers import Stand, WorkerState
 from medley.dispatcher.planner import Waits
 
 
@@ -25,7 +22,7 @@ class Glance:
     pool: str
     term: int
     waiting: Sequence[Waits]
-    rows: Sequence[Row[Any]]
+    rows: Sequence[Stand]
     num_wanted: int
     job_tokens: Callable[[UUID], float]
     waited_s: Callable[[UUID, float], float]
@@ -56,12 +53,12 @@ class Glance:
 
     @property
     def states(self) -> Counter[str]:
-        return Counter(row.state for row in self.rows)
+        return Counter(str(row.state) for row in self.rows)
 
-    def active(self) -> list[Row[Any]]:
+    def active(self) -> list[Stand]:
         return [row for row in self.rows if row.state in (WorkerState.ACTIVE, WorkerState.DRAINING)]
 
-    def releasable(self, after_s: float) -> list[Row[Any]]:
+    def releasable(self, after_s: float) -> list[Stand]:
         """Workers that have slept for `after_s`, nobody's hand on them."""
         return [
             row

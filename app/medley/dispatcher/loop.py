@@ -10,12 +10,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection, Engine, Row
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
@@ -27,10 +28,12 @@ from medley.db.connections import make_engine, transaction
 from medley.db.workers import WorkerState
 from medley.dispatcher.forecasts import OpenBatch, forecast, judge
 from medley.dispatcher.glance import Glance
+from medley.dispatcher.heads import Heads, Queue
 from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_that_fit
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
 from medley.dispatcher.watchers import watchers
+from medley.garbage import collect_rarely
 from medley.health import beat
 from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, RUN_JOBS_TASK, Bell, Ringer, pool_channel
 from medley.spec.ids import uuid7
@@ -42,6 +45,7 @@ TERM_TICKS = 3  # a leader that misses this many ticks is succeeded
 CHORE_S = 0.5  # of a long chore in one tick: it outlasts no term, and plans go on beside it
 FORECAST_EVERY_S = 5.0
 KEEP_FORECASTS_S = 60.0  # that are not made anew: of batches that have finished, or while nobody leads
+RECOUNT_S = 60.0
 MAX_SIZES = 100_000  # of adapter revisions that are remembered
 MAINTAIN_EVERY_S = 60.0
 MIN_TURN_S = 0.02  # rings that come faster are one
@@ -78,6 +82,7 @@ def run(settings: Settings) -> None:
     rules = Rules(look_s=settings.tick_s, scale_wait_s=settings.scale.wait_s)
     dispatcher = Dispatcher(engine, settings, ringer, rules=rules)
     try:
+        collect_rarely()
         with watchers(settings, dispatcher, max_age_s=TERM_TICKS * settings.tick_s):
             _run_until(stop, dispatcher, bell, settings)
             dispatcher.resign()
@@ -127,15 +132,11 @@ class Dispatcher:
         self._rules = Rules(look_s=settings.tick_s) if rules is None else rules
         self._clock = clock
         self._term: int | None = None
-        self._lead_due_at = self._chores_due_at = self._homes_due_at = self._hints_due_at = self._maintain_due_at = (
-            clock()
-        )
-        self._planner = Planner(self._rules)
-        self._hinted: dict[UUID, list[UUID]] = {}
-        self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
-        self._oldest_batch_s = 0.0
+        self._lead_due_at = self._chores_due_at = clock()
         self._num_plans = self._num_claimed = 0
+        self._oldest_batch_s = 0.0
         self._glance: Glance | None = None
+        self._begin()
 
     def glance(self) -> Glance | None:
         """What the last plan saw, from any thread; None while another leads."""
@@ -185,11 +186,18 @@ class Dispatcher:
 
     def _begin(self) -> None:
         """Forgets what was seen: another may have led since."""
+        now = self._clock()
         self._planner = Planner(self._rules)
-        self._hinted = {}
-        self._chores_due_at = self._maintain_due_at = self._clock()
-        self._homes_due_at = self._hints_due_at = self._forecast_due_at = self._clock()
-        self._jobs_per_s = 0.0
+        self._heads = Heads()
+        self._leased_since: dict[UUID, float] = {}  # worker: no job that it holds was leased before
+        self._hinted: dict[UUID, list[UUID]] = {}
+        self._chores_due_at = now
+        self._maintain_due_at = now
+        self._forecast_due_at = now
+        self._homes_due_at = now
+        self._hints_due_at = now
+        self._recount_due_at = now
+        self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
 
     def _lead(self) -> None:
         with transaction(self._engine) as conn:
@@ -320,13 +328,17 @@ class Dispatcher:
     def _plan(self, now: float) -> Plan:
         with transaction(self._engine) as conn:
             lanes = demand.read_demand(conn, self._pool)
-            rows = workers.read_workers(conn, self._pool)
+            self._see_queues(lanes, queue.read_returned(conn, self._pool))
+            rows = self._read_stands(conn, now)
             self._see_sizes(conn, {lane.revision for lane in lanes if lane.revision is not None})
             if now >= self._homes_due_at:
-                resident = [(lane, row.id) for row in rows for lane in row.resident]
-                leased = [(held.lane, held.worker_id) for held in workers.leased_by_lane(conn, self._pool)]
-                self._planner.see_homes(resident, leased)
-                self._homes_due_at = now + self._tick_s
+                began = time.monotonic()
+                self._planner.see_homes(
+                    workers.read_resident(conn, self._pool),
+                    workers.read_leased_lanes(conn, self._pool, self._leased_since),
+                )
+                # Where much is leased, no more of the time than a twentieth.
+                self._homes_due_at = now + max(self._tick_s, 20 * (time.monotonic() - began))
             waiting = {lane.tenant for lane in lanes}
             accounts = counters.read_accounts(conn, self._pool, waiting)
             waited = any(account.is_backlogged for account in accounts)
@@ -350,6 +362,20 @@ class Dispatcher:
             self._oldest_batch_s,
         )
         return plan
+
+    def _see_queues(self, lanes: Sequence[demand.Lane], returned: set[Queue]) -> None:
+        self._heads.keep_only({(lane.lane, lane.priority) for lane in lanes})
+        self._heads.forget(returned)
+
+    def _read_stands(self, conn: Connection, now: float) -> list[workers.Stand]:
+        """How workers stand; what they hold is counted from their oldest job on, and now and then from the beginning,
+        should the database's clock have been set back."""
+        if now >= self._recount_due_at:
+            self._leased_since = {}
+            self._recount_due_at = now + RECOUNT_S
+        stands = workers.read_stands(conn, self._pool, self._leased_since)
+        self._leased_since = {stand.id: stand.leased_since for stand in stands}
+        return stands
 
     def _see_sizes(self, conn: Connection, revisions: set[UUID]) -> None:
         """A revision never changes, so each is read once."""
@@ -382,34 +408,52 @@ class Dispatcher:
             self._ringer.tell_worker(worker)
 
     def _claim(self, plan: Plan) -> int:
-        """Claims in the order of turns, some of one worker's a transaction, and rings. Returns how many jobs."""
-        num_claimed = 0
-        parts: dict[UUID, queue.Part] = {}
-        for assignment in plan.assignments:
-            part = parts.setdefault(assignment.worker, queue.Part())
-            part.add(assignment.lane, assignment.num_jobs, assignment.load_tokens)
-            if part.num_jobs >= MAX_JOBS_A_CLAIM:
-                num_claimed += self._claim_part(assignment.worker, parts.pop(assignment.worker))
-        for worker, part in parts.items():
-            num_claimed += self._claim_part(worker, part)
-        return num_claimed
+        """Claims in the order of turns, `MAX_JOBS_A_CLAIM` a transaction, and rings. Returns how many jobs."""
+        num_claimed = num_jobs = 0
+        wants: dict[tuple[UUID, UUID, int], queue.Want] = {}
+        for made in plan.assignments:
+            key = (made.worker, made.lane, made.priority)
+            before = wants.get(key)
+            jobs, tokens = (before.num_jobs, before.load_tokens) if before else (0, 0.0)
+            wants[key] = queue.Want(*key, jobs + made.num_jobs, tokens + made.load_tokens)
+            num_jobs += made.num_jobs
+            if num_jobs >= MAX_JOBS_A_CLAIM:
+                num_claimed += self._claim_wants(list(wants.values()))
+                wants, num_jobs = {}, 0
+        return num_claimed + (self._claim_wants(list(wants.values())) if wants else 0)
 
-    def _claim_part(self, worker: UUID, part: queue.Part) -> int:
-        claimed = self._write(lambda conn: queue.claim(conn, self._pool, worker, part.lanes, part.load_tokens))
-        self._planner.see_claims(worker, [(c.lane, c.est_tokens) for c in claimed], self._clock())
-        self._num_claimed += len(claimed)
-        ids = [c.job.hex for c in claimed]
-        for start in range(0, len(ids), MAX_IDS_A_MESSAGE):
-            ids_of_message = tuple(ids[start : start + MAX_IDS_A_MESSAGE])
-            self._ringer.send_task(RUN_JOBS_TASK, ids_of_message, queue=worker_queue(worker))
-        log.debug("jobs.claimed", worker=worker.hex, num_jobs=len(ids), num_lanes=len(part.lanes))
-        return len(ids)
+    def _claim_wants(self, wants: list[queue.Want]) -> int:
+        wanted: Counter[Queue] = Counter()
+        for want in wants:
+            wanted[(want.lane, want.priority)] += want.num_jobs
+        starts = self._heads.starts(wanted, self._clock())
+        claimed = self._write(lambda conn: queue.claim(conn, self._pool, wants, starts))
+        now = self._clock()
+        ids: dict[UUID, list[str]] = defaultdict(list)
+        found: Counter[Queue] = Counter()
+        last: dict[Queue, str] = {}
+        for got in claimed:
+            lane = (got.want.lane, got.want.priority)
+            found[lane] += len(got.jobs)
+            last[lane] = max(last.get(lane, ""), got.jobs[-1][0])
+            ids[got.want.worker] += (job for job, _ in got.jobs)
+            self._planner.see_claim(got.want.worker, got.want.lane, len(got.jobs), got.est_tokens, now)
+        for lane, num_jobs in wanted.items():
+            end = UUID(hex=last[lane]) if lane in last else None
+            self._heads.see(lane, end, is_whole=found[lane] == num_jobs, started=lane in starts, now=now)
+        for worker, jobs in ids.items():
+            for first in range(0, len(jobs), MAX_IDS_A_MESSAGE):
+                of_message = tuple(jobs[first : first + MAX_IDS_A_MESSAGE])
+                self._ringer.send_task(RUN_JOBS_TASK, of_message, queue=worker_queue(worker))
+        self._num_claimed += found.total()
+        log.debug("jobs.claimed", num_jobs=found.total(), num_workers=len(ids))
+        return found.total()
 
 
-def _stands(row: Row[Any]) -> Stands:
+def _stands(row: workers.Stand) -> Stands:
     return Stands(
         row.id,
-        _phase(WorkerState(row.state), WorkerState(row.desired_state)),
+        _phase(row.state, row.desired_state),
         rows_that_fit(row.max_num_seqs, row.stats),
         row.num_leased,
         row.unchanged_s,

@@ -113,7 +113,7 @@ class FleetCollector(Collector):
 
     def _add_up(self, glance: Glance) -> None:
         """Counters go on when workers come and go; what was counted before the first look is nobody's rate."""
-        now = {row.id: row.stats for row in glance.rows}
+        now: dict[UUID, Mapping[str, Any]] = {row.id: row.stats for row in glance.rows}
         if self._seen is not None:
             for worker, stats in now.items():
                 before = self._seen.get(worker, {})

@@ -136,7 +136,8 @@ def serve(
     for lane in lanes:
         by_tenant[lane.tenant].append(lane)
     queues = {tenant: Lanes(mine, fleet, rules) for tenant, mine in by_tenant.items()}
-    turn = min(rules.max_turn, max(1, min(budget, fleet.room) // (rules.turns_per_tenant * len(queues))))
+    room = min(budget, fleet.room)
+    turn = min(rules.max_turn, max(1, room // (rules.turns_per_tenant * len(queues)), room // rules.max_turns))
     heap = [(counters[tenant], tenant) for tenant in queues]
     heapq.heapify(heap)
     made: list[Assignment] = []

@@ -144,7 +144,7 @@ class Fleet:
             heapq.heappush(self._by_rows, (-seat.num_leased, worker))
         elif seat.room:
             heapq.heappush(self._by_fill, (seat.fill, worker))
-        return Assignment(worker, lane.lane, num_jobs, load_tokens)
+        return Assignment(worker, lane.lane, num_jobs, load_tokens, lane.priority)
 
     def _at_home(self, heaps: dict[UUID, Heap], lane: Lane, key: Callable[[Seat], float | None]) -> UUID | None:
         """The home with the least key; None as a key: it has no room, and will have none in this plan."""

@@ -2,7 +2,7 @@
 
 Owns what is remembered between plans (`sightings`, `pace`, which adapters are where) and asks `policy`. It knows no
 SQL and reads no clock: what was read is handed in, with the time in seconds of a monotonic clock, and the plan is
-handed back; who writes it tells what came of it (`see_claims`). All of it can be seen again: nothing here is truth.
+handed back; who writes it tells what came of it (`see_claim`). All of it can be seen again: nothing here is truth.
 """
 
 from __future__ import annotations
@@ -109,11 +109,10 @@ class Planner:
             homes.remove(worker)
             self._tiles_leased[worker] -= self.sizes.get(lane, NO_SIZE).num_tiles
 
-    def see_claims(self, worker: UUID, jobs: Sequence[tuple[UUID, int]], now: float) -> None:
-        """Takes note of claimed jobs: (lane, est_tokens) of each."""
-        self.sightings.see_claims(worker, jobs, now)
-        for lane in {lane for lane, _ in jobs}:
-            self.add_home(lane, worker)
+    def see_claim(self, worker: UUID, lane: UUID, num_jobs: int, est_tokens: float, now: float) -> None:
+        """Takes note of jobs of one lane that a worker was given; est_tokens: of all of them."""
+        self.sightings.see_claim(worker, lane, num_jobs, est_tokens, now)
+        self.add_home(lane, worker)
 
     def lift(self, tenants: Sequence[Tenant], waiting: set[UUID], top_service: float, now: float) -> Lifted:
         """The tenants as they stand for a plan: who comes back from idle is lifted."""

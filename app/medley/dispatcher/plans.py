@@ -27,8 +27,9 @@ class Rules:
     backlog_s: float = 1.0  # work that is leased ahead: more than a round trip, less than a tenant's patience
     turns_per_tenant: int = 16  # a plan has about this many turns for each tenant
     max_turn: int = 16  # jobs of one turn
+    max_turns: int = 1_000  # a plan has about this many on the whole: where it has room for more jobs, turns are larger
     jobs_a_load: int = 8  # an adapter that is somewhere already is loaded elsewhere for this many jobs or the last
-    max_jobs: int = 4_000  # jobs of one plan: a second's writes at the most
+    max_jobs: int = 8_000  # jobs of one plan: a second's writes at the most
     patience_s: float = 30.0  # a lane that was passed over for longer goes first, one a tenant and plan
     wake_wait_s: float = 0.25  # what the active workers begin within this time wakes nobody
     wake_patience_s: float = 120.0  # a worker that takes longer to wake is no longer waited for
@@ -84,6 +85,7 @@ class Assignment(msgspec.Struct, frozen=True, gc=False):
     lane: UUID
     num_jobs: int
     load_tokens: float = 0.0
+    priority: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ seconds. It knows no rows and reads no clock; times are handed in, in seconds of
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
@@ -80,18 +79,14 @@ class Sightings:
         for tenant in backlogged:
             self._waited_at.setdefault(tenant, now)
 
-    def see_claims(self, worker: UUID, jobs: Iterable[tuple[UUID, int]], now: float) -> None:
-        """Takes note of claimed jobs: (lane, est_tokens) of each."""
-        by_lane: dict[UUID, list[int]] = defaultdict(list)
-        for lane, tokens in jobs:
-            by_lane[lane].append(tokens)
-        for lane, sizes in by_lane.items():
-            mean = sum(sizes) / len(sizes)
-            if lane in self._served_at:
-                self._served_at[lane] = now
-                self._job_tokens[lane] = mean
-            self._mean_tokens += (mean - self._mean_tokens) / 8
-            self._tracks[worker].num_claimed += len(sizes)
+    def see_claim(self, worker: UUID, lane: UUID, num_jobs: int, est_tokens: float, now: float) -> None:
+        """Takes note of jobs of one lane that a worker was given; est_tokens: of all of them."""
+        mean = est_tokens / num_jobs
+        if lane in self._served_at:
+            self._served_at[lane] = now
+            self._job_tokens[lane] = mean
+        self._mean_tokens += (mean - self._mean_tokens) / 8
+        self._tracks[worker].num_claimed += num_jobs
 
     def see_load(self, num_active: int, num_leased: int, now: float, within_s: float) -> None:
         """Takes note of how many workers are active and what all workers hold; a mean over about `within_s`."""

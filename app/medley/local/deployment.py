@@ -73,13 +73,13 @@ def _listen(host: str, port: int) -> socket.socket:
 def _worker_places(options: UpOptions) -> list[dict[str, str]]:
     """What each worker's environment says of where it computes: its share of the cores, and GPUs of its own."""
     env = inherited_env() | dict(options.environ)
-    device, size = device_from_env(env)
+    device, size, share = device_from_env(env)
     # Each process would otherwise start a thread on every core.
     threads = max(1, (os.cpu_count() or 1) // max(1, options.workers * size))
     cores = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(threads))}
     if not device.startswith("cuda") or not options.workers:
         return [cores] * options.workers
-    return [cores | gpus for gpus in share_gpus(visible_gpus(env), device, options.workers, size)]
+    return [cores | gpus for gpus in share_gpus(visible_gpus(env), device, options.workers, size, share)]
 
 
 class _Deployment:
@@ -100,6 +100,7 @@ class _Deployment:
         self._log = log
         self._servers = EmbeddedServers(data)
         self._is_ready = False
+        self._gpus = visible_gpus({**inherited_env(), **options.environ})
         host = f"[{options.host}]" if ":" in options.host else options.host
         self._url = f"http://{host}:{listener.getsockname()[1]}"
 

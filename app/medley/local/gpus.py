@@ -16,7 +16,7 @@ cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
 assert cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
 print(count.value)
 """
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_VISIBLE, _SHARE = "CUDA_VISIBLE_DEVICES", "MEDLEY_GPU_SHARE"
 
 
 class TooFewGpus(Exception):
@@ -37,20 +37,28 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(names)[:count]
 
 
-def share_gpus(gpus: Sequence[str], device: str, num_workers: int, size: int) -> list[dict[str, str]]:
-    """What each worker's environment says of devices: `size` GPUs of its own, counted from `device` on.
+def share_gpus(
+    gpus: Sequence[str], device: str, num_workers: int, size: int, share: float | None = None
+) -> list[dict[str, str]]:
+    """What each worker's environment says of devices: `size` GPUs, counted from `device` on.
 
-    device: "cuda" or "cuda:<n>". Raises TooFewGpus.
+    device: "cuda" or "cuda:<n>". share: of a GPU's memory that a worker takes; workers then take turns over the GPUs.
+    None: each worker has GPUs of its own. Raises TooFewGpus.
     """
     index = device.partition(":")[2]
     first = int(index) if index.isdecimal() else 0
-    wanted = first + num_workers * size
+    to_a_gpu = 1 if share is None else max(1, int(1 / share))
+    num_places = -(-num_workers // to_a_gpu)
+    wanted = first + num_places * size
     if wanted > len(gpus):
         each = "a GPU" if size == 1 else f"{size} GPUs"
+        whose = "of its own" if share is None else f"with {to_a_gpu - 1} others at the most"
         raise TooFewGpus(
-            f"GPUs: got {len(gpus)}, wanted {wanted}: each of {num_workers} workers has {each} of its own,"
-            f" from {device} on; ask for fewer by --workers or --tensor-parallel, or see what {_VISIBLE} hides"
+            f"GPUs: got {len(gpus)}, wanted {wanted}: each of {num_workers} workers has {each} {whose},"
+            f" from {device} on; ask for fewer by --workers or --tensor-parallel, let them share by a lower {_SHARE}, or see what"
+            f" {_VISIBLE} hides"
         )
-    starts = range(first, wanted, size)
+    num_places = min(num_workers, (len(gpus) - first) // size)
+    starts = [first + worker % num_places * size for worker in range(num_workers)]
     # Not by MEDLEY_DEVICE: a process may take memory of each GPU that it sees.
     return [{_VISIBLE: ",".join(gpus[start : start + size]), "MEDLEY_DEVICE": "cuda"} for start in starts]

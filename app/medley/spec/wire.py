@@ -45,6 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gives that always.
     tensor_parallel: devices of this host that share the model, from `device` on; sizes in bytes are those of each.
     sleeps: Sleep will be asked for, so what is large lies in memory that can be given back.
+    gpu_share: of the device's memory, all that this engine takes of it; None: what is free. A CPU has no such limit.
     """
 
     model_dir: str
@@ -64,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool = False
     tensor_parallel: int = 1
     sleeps: bool = False
+    gpu_share: float | None = None
 
 
 # Shell to engine ---------------------------------------------------------------------------------------------

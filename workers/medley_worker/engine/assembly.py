@@ -253,8 +253,9 @@ def device_memory(device: torch.device, memory: Memory) -> DeviceMemory | None:
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()  # what loading the weights took for a moment
-    free, _ = torch.cuda.mem_get_info(device)
-    return DeviceMemory(free_bytes=free, weight_bytes=torch.cuda.memory_allocated(device) + memory.num_bytes)
+    free, total = torch.cuda.mem_get_info(device)
+    weights = torch.cuda.memory_allocated(device) + memory.num_bytes
+    return DeviceMemory(free_bytes=free, weight_bytes=weights, total_bytes=total)
 
 
 def free_host_bytes() -> int:

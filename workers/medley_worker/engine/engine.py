@@ -82,6 +82,7 @@ class Engine:
         batch_invariant: bool = False,
         tensor_parallel: int = 1,
         sleeps: bool = False,
+        gpu_share: float | None = None,
     ) -> Engine:
         """An engine over the Hugging Face folder `model_dir`.
 
@@ -91,7 +92,7 @@ class Engine:
         memory for adapters on the host. max_tpot_ms: what the time per output token is held to, by running fewer
         rows at once. batch_invariant: bits that depend on no neighbour on CUDA too, at a cost. tensor_parallel: devices
         that share the model, `device` and those after it, each with a process of its own. sleeps: `sleep` will be
-        called.
+        called. gpu_share: of a GPU's memory, where others run on it; None takes what is free.
         """
         return cls(
             EngineConfig(
@@ -111,6 +112,7 @@ class Engine:
                 batch_invariant=batch_invariant,
                 tensor_parallel=tensor_parallel,
                 sleeps=sleeps,
+                gpu_share=gpu_share,
             )
         )
 

@@ -23,6 +23,8 @@ CUDA_HOST_BYTES = 16 << 30
 CUDA_HOST_SHARE = 0.5  # of the machine's free memory
 # Kernels and their workspaces, the graphs' own pools, what allocators round up.
 CUDA_FIXED_BYTES = 1 << 30
+# A context, which is there before memory is asked for what is free.
+CUDA_CONTEXT_BYTES = 512 << 20
 # A logit on its way to a token: the model's dtype, float32 twice, sorted with its place, the noise's two hashes.
 LOGIT_BYTES = 48
 
@@ -62,10 +64,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device that belongs to the engine. free_bytes: what the weights, weight_bytes, have left."""
+    """A device that belongs to the engine. free_bytes: what the weights, weight_bytes, have left of its total_bytes."""
 
     free_bytes: int
     weight_bytes: int
+    total_bytes: int = 0
 
 
 def size_engine(config: EngineConfig, model: BaseModel, shape: Shape, memory: DeviceMemory | None) -> EngineSizes:
@@ -130,12 +133,13 @@ def _share(
 ) -> tuple[int, int]:
     """(adapter tiles, bytes of KV cache) out of a device's free memory."""
     activations = activation_bytes(model, shape.dtype_bytes, step_tokens, config.max_num_seqs, config.tensor_parallel)
-    left = memory.free_bytes - activations
+    free_bytes = _free_bytes(config, memory)
+    left = free_bytes - activations
     taken = f"{memory.weight_bytes} bytes of weights and {activations} of activations"
     if left < shape.page_bytes:
         raise ValueError(
             f"max_num_batched_tokens: got {step_tokens} with max_num_seqs {config.max_num_seqs}, which take"
-            f" {activations} bytes of activations; wanted less than the {memory.free_bytes} bytes that are free"
+            f" {activations} bytes of activations; wanted less than the {free_bytes} bytes that are free"
             f" beside {memory.weight_bytes} bytes of weights"
         )
     default = min(max(shape.adapter_tiles * shape.tile_bytes, int(left * CUDA_ADAPTER_SHARE)), left // 2)
@@ -158,6 +162,20 @@ def _share(
             f" what {taken} and {adapters} of adapters leave"
         )
     return num_tiles, config.kv_cache_bytes
+
+
+def _free_bytes(config: EngineConfig, memory: DeviceMemory) -> int:
+    """What this engine may still take: all that is free, or no more than its share."""
+    share = config.gpu_share
+    if share is None:
+        return memory.free_bytes
+    if not 0 < share <= 1:
+        raise ValueError(f"gpu_share: got {share}, wanted above 0 and at most 1")
+    taken = memory.weight_bytes + CUDA_CONTEXT_BYTES
+    own = int(share * memory.total_bytes)
+    if own <= taken:
+        raise ValueError(f"gpu_share: got {share}, {own} bytes; wanted more than weights and context, {taken} bytes")
+    return min(memory.free_bytes, own - taken)
 
 
 def _check_adapter_fields(config: EngineConfig) -> None:

@@ -38,6 +38,7 @@ class Controller:
 
     keeps_engine: an engine sleeps while the worker does, where it can; else it is stopped. warms_engine: one is loaded
     for that at once, without waiting for the first wake.
+    stall_s: a loaded engine speaks each second, and between steps; one that is silent for longer is taken for dead.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Controller:
         outcomes: Outcomes,
         on_state: Callable[[], None],
         on_leave: Callable[[], None],
+        stall_s: float,
     ) -> None:
         self._config = config
         self._keeps_engine, self._warms_engine = keeps_engine, warms_engine
+        self._stall_s = stall_s
         self._worker = worker
         self._transactions = transactions
         self._held = held
@@ -161,7 +164,7 @@ class Controller:
 
     def _start(self) -> None:
         self._inquest.begin()
-        self._engine = EngineLife(self._config, self._hear, self._wake.set)
+        self._engine = EngineLife(self._config, self._hear, self._wake.set, self._stall_s)
 
     def _hear(self, messages: list[FromEngine]) -> None:
         """On the link's thread."""

@@ -16,7 +16,6 @@ from medley.spec.wire import Asleep, Awake, EngineConfig, FromEngine, Ready, Sle
 from medley_worker.shell.engine_link import EngineLink
 
 SLEEP_S = 60.0  # for the engine to give its memory back, which copies the weights the first time, or to have it again
-STALL_S = 300.0  # a loaded engine speaks each second, and between steps; no step takes this long
 LOAD_STALL_S = 1_800.0  # it is silent while it loads; jobs that outlived the last engine wait for that
 
 log = structlog.get_logger()
@@ -37,7 +36,8 @@ _STALLS_S = {EnginePhase.LOADING: LOAD_STALL_S, EnginePhase.WAKING: SLEEP_S}
 
 class EngineLife:
     """Starts an engine. on_messages: all that it says, on the link's thread. on_change: called where it may have work
-    for whoever looks at how things stand: it is loaded, awake, or has ended.
+    for whoever looks at how things stand: it is loaded, awake, or has ended. stall_s: a loaded engine speaks each
+    second, and between steps; one that is silent for longer is taken for dead.
     """
 
     def __init__(
@@ -45,8 +45,10 @@ class EngineLife:
         config: EngineConfig,
         on_messages: Callable[[list[FromEngine]], None],
         on_change: Callable[[], None],
+        stall_s: float,
     ) -> None:
         self.phase = EnginePhase.LOADING
+        self._stall_s = stall_s
         self.ready: Ready | None = None  # once it is loaded
         self._on_messages, self._on_change = on_messages, on_change
         self._fell_asleep = threading.Event()
@@ -64,7 +66,7 @@ class EngineLife:
 
     def kill_if_stalled(self) -> None:
         """End it if it has been silent for longer than it ever is where it stands."""
-        if not self.has_ended and self.link.silent_s > _STALLS_S.get(self.phase, STALL_S):
+        if not self.has_ended and self.link.silent_s > _STALLS_S.get(self.phase, self._stall_s):
             log.error("engine.stalled", pid=self.link.pid, silent_s=round(self.link.silent_s), phase=self.phase.name)
             self.link.kill()
 

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from uuid import UUID
 
@@ -29,6 +28,7 @@ from medley.objects import StoreError
 from medley.rings import Ringer
 from medley.spec.ids import uuid7
 from medley.spec.wire import EngineConfig
+from medley.version import version
 from medley_worker.shell.adapter_folders import AdapterFolders
 from medley_worker.shell.ahead import Ahead
 from medley_worker.shell.controller import Controller
@@ -96,6 +96,7 @@ class Shell:
             outcomes=Outcomes(codec, held, feed, results, report),
             on_state=lease.renew_soon,
             on_leave=lease.give_up,
+            stall_s=settings.worker.engine_stall_s,
         )
         folders = AdapterFolders.open(settings.store_url, settings.worker, self._inbox.put)
         preparation = Preparation(codec, folders, controller.max_model_len)
@@ -140,7 +141,7 @@ class Shell:
             room=Room(self._settings.worker.max_num_seqs),
             lease_s=self._settings.lease_s,
             desired=WorkerState.ASLEEP if self._settings.worker.starts_asleep else WorkerState.ACTIVE,
-            version=metadata.version("medley"),
+            version=version(),
         )
 
     def _arrive(self, ids: list[UUID]) -> None:
@@ -179,6 +180,7 @@ def engine_config(settings: Settings, model_dir: Path) -> EngineConfig:
         batch_invariant=worker.batch_invariant,
         tensor_parallel=worker.tensor_parallel,
         sleeps=worker.keeps_engine,
+        gpu_share=worker.gpu_share,
     )
 
 

@@ -223,7 +223,11 @@ class Simulation:
         for worker, jobs in taken.items():
             self._num_queued -= len(jobs)
             self._sent[worker] += len(jobs)
-            self._planner.see_claims(worker, [(job.lane, job.est_tokens) for job in jobs], now)
+            by_lane: dict[UUID, list[int]] = {}
+            for job in jobs:
+                by_lane.setdefault(job.lane, []).append(job.est_tokens)
+            for lane, sizes in by_lane.items():
+                self._planner.see_claim(worker, lane, len(sizes), sum(sizes), now)
             self._at(now + self._shape.round_trip_s, "deliver", self._by_id[worker].index, jobs)
 
     def _desire(self, desires: dict[UUID, Phase], now: float) -> None:
