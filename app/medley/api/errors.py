@@ -6,6 +6,7 @@
       Forbidden       403  the key lacks a scope
       Closing         403  the tenant is to be deleted
       NotFound        404  another tenant's things too
+      MethodNotAllowed  405
       Conflict        409
       TooLarge        413
       Encoded         415  a compressed body
@@ -27,6 +28,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from medley.api.openai import errors as openai
 from medley.db.batches import TenantClosing
@@ -96,6 +98,14 @@ class NotFound(ApiError):
 
     def __init__(self, kind: str, shown_id: str) -> None:
         super().__init__(f"there is no {kind} {shown_id[:200]!r}")
+
+
+class MethodNotAllowed(ApiError):
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str, served: Iterable[str]) -> None:
+        allowed = ", ".join(served)
+        super().__init__(f"{path[:200]} is not served by {method}, but by {allowed}", headers={"Allow": allowed})
 
 
 class Conflict(ApiError):
@@ -231,10 +241,19 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refused = ApiError(f"{request.method} {request.url.path[:200]}: {error.detail}", headers=dict(error.headers or {}))
+    path = request.url.path
+    if error.status_code == MethodNotAllowed.status:
+        return error_response(MethodNotAllowed(request.method, path, _methods(request)), path)
+    refused = ApiError(f"{request.method} {path[:200]}: {error.detail}", headers=dict(error.headers or {}))
     refused.status = error.status_code
-    refused.code = "not_found" if error.status_code in (404, 405) else "invalid_request"
-    return error_response(refused, request.url.path)
+    refused.code = "not_found" if error.status_code == NotFound.status else "invalid_request"
+    return error_response(refused, path)
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of all routes to the path; Starlette names those of the first alone."""
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
 
 
 async def _gone(request: Request, _error: Exception) -> Response:
