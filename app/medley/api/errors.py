@@ -24,11 +24,11 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute, iter_route_contexts
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
 
 from medley.api.openai import errors as openai
 from medley.db.batches import TenantClosing
@@ -252,8 +252,9 @@ async def _http(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """The methods of all routes to the path; Starlette names those of the first alone."""
-    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
+    routes = (context.original_route for context in iter_route_contexts(request.app.routes))
+    here = [r for r in routes if isinstance(r, APIRoute) and r.path_regex.match(request.scope["path"])]
+    return sorted({method for route in here for method in route.methods or ()})
 
 
 async def _gone(request: Request, _error: Exception) -> Response:
