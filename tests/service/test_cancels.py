@@ -15,7 +15,7 @@ from medley.config import Limits
 from medley.db import cancels
 from medley.db.connections import transaction
 from medley.db.inputs import fetch_inputs
-from medley.tasks import erase
+from medley.tasks import cancel, erase
 from medley.tasks.cancel import Canceller
 
 LIMITS = Limits()
@@ -77,6 +77,21 @@ def test_a_cancel_that_nobody_was_told_of_is_found_and_gone_through_once(api: Ap
     assert api.as_tenant().get(f"/v1/batches/{batches[2]}").json()["state"] == "cancelling"
     canceller(api).look()
     assert api.as_tenant().get(f"/v1/batches/{batches[2]}").json()["state"] == "finished"
+    api.ledger.check()
+
+
+def test_a_batch_that_is_cancelled_once_more_is_gone_through_once_more(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancel, "LOOK_S", 0.0)
+    batch, tasks = submit(api, 8), canceller(api)
+    tenant = api.as_tenant()
+    for _ in range(2):
+        assert tenant.post(f"/v1/batches/{batch}/cancel").json()["state"] == "cancelling"
+        tasks.look()
+        assert tenant.get(f"/v1/batches/{batch}").json()["state"] == "finished"
+        assert tenant.post(f"/v1/batches/{batch}/retry", json={"states": ["cancelled"]}).status_code == 200
+    api.finish(batch)
     api.ledger.check()
 
 

@@ -7,6 +7,7 @@ that is claimed before its piece comes is ended by its worker, which computes no
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -60,11 +61,12 @@ _NEXT_JOBS = text(
 )
 
 
-def read_cancelling(conn: Connection, *, pool: str | None = None, tenant: UUID | None = None) -> list[UUID]:
-    """Cancelled batches that have jobs left, of one pool or of one tenant."""
+def read_cancelling(conn: Connection, *, pool: str | None = None, tenant: UUID | None = None) -> dict[UUID, datetime]:
+    """{batch: when it was cancelled} of those that have jobs left, of one pool or of one tenant."""
     statement = (
-        "SELECT id FROM batches WHERE finished_at IS NULL AND cancel_requested_at IS NOT NULL"
+        "SELECT id, cancel_requested_at FROM batches WHERE finished_at IS NULL AND cancel_requested_at IS NOT NULL"
         " AND (CAST(:pool AS text) IS NULL OR pool = :pool) AND (CAST(:tenant AS uuid) IS NULL OR tenant_id = :tenant)"
         " ORDER BY id"
     )
-    return list(conn.execute(text(statement), {"pool": pool, "tenant": tenant}).scalars())
+    rows = conn.execute(text(statement), {"pool": pool, "tenant": tenant})
+    return {row.id: row.cancel_requested_at for row in rows}

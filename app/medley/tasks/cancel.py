@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from uuid import UUID
 
 import structlog
@@ -41,24 +42,26 @@ class Canceller:
         self._on_chunk = on_chunk
         self._should_stop = should_stop
         self._running: set[UUID] = set()
-        self._through: set[UUID] = set()  # nothing of these is queued: what comes back from a worker ends at once
+        # Nothing of these is queued since they were cancelled at that time: what a worker gives back ends at once.
+        self._through: dict[UUID, datetime] = {}
         self._lock = threading.Lock()
         self._look_due_at = 0.0
 
-    def run(self, batch: UUID) -> None:
+    def run(self, batch: UUID) -> bool:
         """Ends all that is queued of a cancelled batch; at once where it is none, or is being ended here already.
+        Returns whether nothing is left.
 
         Raises nothing of PostgreSQL's: the next look brings the batch again.
         """
         with self._lock:
             if batch in self._running:
-                return
+                return False
             self._running.add(batch)
         try:
-            if end_queue(self._engine, batch, on_piece=lambda: self._tell(batch), should_stop=self._should_stop):
-                self._through.add(batch)
+            return end_queue(self._engine, batch, on_piece=lambda: self._tell(batch), should_stop=self._should_stop)
         except (OperationalError, InternalError) as error:
             log.warning("cancel.interrupted", batch=batch.hex, error=type(error.orig).__name__)
+            return False
         finally:
             with self._lock:
                 self._running.discard(batch)
@@ -69,10 +72,10 @@ class Canceller:
             return
         with transaction(self._engine) as conn:
             found = read_cancelling(conn, pool=self._pool)
-        self._through.intersection_update(found)
-        for batch in found:
-            if batch not in self._through and not self._should_stop():
-                self.run(batch)
+        self._through = {batch: at for batch, at in self._through.items() if found.get(batch) == at}
+        for batch, at in found.items():
+            if batch not in self._through and not self._should_stop() and self.run(batch):
+                self._through[batch] = at
         self._look_due_at = time.monotonic() + LOOK_S
 
     def _tell(self, batch: UUID) -> None:
