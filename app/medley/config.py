@@ -1,64 +1,36 @@
 """Configuration of every server process, read from the environment once, at the entry point.
 
-This is the only file of the control plane that reads the environment. It yields one frozen `Settings` that is
-passed down; it opens nothing and imports no server package. It fails closed: a bad value raises `ConfigError`
-that names the key, the value (never a secret's) and what was wanted.
+This is the only file of the control plane that reads the process's environment (`environment` says how, `config_scale`
+what of it is about starting and stopping machines). It yields one frozen `Settings` that is passed down; it opens
+nothing and imports no server package. It fails closed: a bad value raises `ConfigError` that names the key, the value
+(never a secret's) and what was wanted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
+from medley.config_scale import ScaleSettings, read_scale
 from medley.connection_urls import (
     SSL_MODES,
     encryption_weakness,
     is_default,
-    is_loopback,
     password_weakness,
     with_password,
     with_query,
 )
-from medley.spec.webhooks import read_secret
+from medley.environment import SECRET_KEYS, ConfigError, Environment
 
 MIB = 1 << 20
 # Where `medley up` keeps everything unless told otherwise.
 DEFAULT_DATA_DIR = Path(".medley")
-# The keys whose values hold passwords: errors never show them, and each may come as KEY_FILE, the path of a file.
-SECRET_KEYS = frozenset(
-    {
-        "MEDLEY_DATABASE_URL",
-        "MEDLEY_DATABASE_PASSWORD",
-        "MEDLEY_REDIS_URL",
-        "MEDLEY_REDIS_PASSWORD",
-        "MEDLEY_STORE_URL",
-        "MEDLEY_STORE_ACCESS_KEY",
-        "MEDLEY_STORE_SECRET_KEY",
-        "MEDLEY_API_PASSWORD",
-        "MEDLEY_WORK_PASSWORD",
-        "MEDLEY_SCALE_HOOK_SECRET",
-    }
-)
 # How a remote store is reached: for the processes that reach it, and not for their children.
 STORE_KEYS = ("STORE_ENDPOINT", "STORE_REGION", "STORE_ACCESS_KEY", "STORE_SECRET_KEY")
-MIN_SECRET_BYTES = 24  # of the scale hook's; as Standard Webhooks asks
 LOG_FORMATS = frozenset({"line", "bare", "json"})
-
-T = TypeVar("T")
-
-
-class ConfigError(Exception):
-    """A key of the environment is missing or holds what it must not."""
-
-    def __init__(self, key: str, got: str | None, wanted: str) -> None:
-        shown = "nothing" if got is None else "<secret>" if key in SECRET_KEYS else repr(got)
-        super().__init__(f"{key}: got {shown}, wanted {wanted}")
-        self.key = key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +102,6 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleSettings:
-    """What the dispatcher tells those who start and stop machines."""
-
-    hook: str | None = None  # an executable's path or a URL; None: nobody is called
-    hook_secret: str | None = field(default=None, repr=False)  # whsec_..., of a URL
-    hook_timeout_s: float = 30.0
-    wait_s: float = 30.0  # as many workers are wanted as would begin all that waits within this time
-    release_after_s: float = 600.0  # of sleep, after which a worker may be released
-    repeat_s: float = 60.0  # while a condition stands
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = None  # None: no metrics are served
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One process's configuration. `database_url` is that of the process's own role."""
 
@@ -163,7 +121,7 @@ class Settings:
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
     worker: WorkerSettings = WorkerSettings()
-    scale: ScaleSettings = ScaleSettings()
+    scale: ScaleSettings = field(default_factory=ScaleSettings)
     webhook_loopback: bool = False  # webhooks may lead to this machine, and be plain HTTP: `medley up` and tests
     health_file: Path | None = None  # touched on each turn of the process's loop
     log_format: str = "line"
@@ -177,7 +135,7 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read all keys. Raises `ConfigError` for the first that is missing or bad."""
-        read = _Reader(os.environ if environ is None else environ)
+        read = Environment(os.environ if environ is None else environ)
         defaults = cls(database_url="", redis_url="", store_url="", model=None)
         return cls(
             database_url=_database_url(read),
@@ -196,7 +154,7 @@ class Settings:
             limits=_limits(read),
             quotas=_quotas(read),
             worker=_worker(read),
-            scale=_scale(read),
+            scale=read_scale(read),
             webhook_loopback=read.flag("MEDLEY_WEBHOOK_LOOPBACK", defaults.webhook_loopback),
             health_file=_path(read.text("MEDLEY_HEALTH_FILE")),
             log_format=read.choice("MEDLEY_LOG_FORMAT", defaults.log_format, LOG_FORMATS),
@@ -206,7 +164,7 @@ class Settings:
 
 def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
     """MEDLEY_DATABASE_URL and what belongs to it, for commands that need only a database; None where it is not set."""
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     if read.secret("MEDLEY_DATABASE_URL") is None:
         return None
     return _database_url(read)
@@ -214,13 +172,13 @@ def database_url_from_env(environ: Mapping[str, str] | None = None) -> str | Non
 
 def redis_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
     """MEDLEY_REDIS_URL and what belongs to it, for commands that can do without; None where it is not set."""
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     return None if read.secret("MEDLEY_REDIS_URL") is None else _redis_url(read)
 
 
 def role_passwords_from_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The passwords that the first migration gives to its roles, by key; those that are set."""
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     found = {key: read.secret(key) for key in ("MEDLEY_API_PASSWORD", "MEDLEY_WORK_PASSWORD")}
     for key, password in found.items():
         if password is not None and is_default(password) and not read.allows_weak_secrets:
@@ -233,7 +191,7 @@ def store_access_from_env(environ: Mapping[str, str] | None = None) -> StoreAcce
 
     Raises ConfigError, also for one key without the other.
     """
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     access_key, secret_key = read.secret("MEDLEY_STORE_ACCESS_KEY"), read.secret("MEDLEY_STORE_SECRET_KEY")
     if (access_key is None) != (secret_key is None):
         missing = "MEDLEY_STORE_ACCESS_KEY" if access_key is None else "MEDLEY_STORE_SECRET_KEY"
@@ -248,7 +206,7 @@ def store_access_from_env(environ: Mapping[str, str] | None = None) -> StoreAcce
 
 def store_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
     """MEDLEY_STORE_URL alone, for commands that need no more of the service; None where it is not set."""
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     if read.text("MEDLEY_STORE_URL") is None:
         return None
     return read.url("MEDLEY_STORE_URL", {"file"})
@@ -256,7 +214,7 @@ def store_url_from_env(environ: Mapping[str, str] | None = None) -> str | None:
 
 def log_format_from_env(environ: Mapping[str, str] | None = None) -> str:
     """MEDLEY_LOG_FORMAT alone, for commands that run once."""
-    read = _Reader(os.environ if environ is None else environ)
+    read = Environment(os.environ if environ is None else environ)
     return read.choice("MEDLEY_LOG_FORMAT", "line", LOG_FORMATS)
 
 
@@ -265,7 +223,7 @@ def device_from_env(environ: Mapping[str, str]) -> tuple[str, int, float | None]
 
     MEDLEY_DEVICE, MEDLEY_TENSOR_PARALLEL and MEDLEY_GPU_SHARE.
     """
-    worker = _worker(_Reader(environ))
+    worker = _worker(Environment(environ))
     return worker.device, worker.tensor_parallel, worker.gpu_share
 
 
@@ -305,7 +263,7 @@ def runtime_root() -> Path:
 _NO_DEFAULT = "a password that is neither empty nor a default one (or MEDLEY_ALLOW_WEAK_SECRETS=true)"
 
 
-def _database_url(read: _Reader) -> str:
+def _database_url(read: Environment) -> str:
     url = read.url("MEDLEY_DATABASE_URL", {"postgresql", "postgresql+psycopg"})
     url = _add_password(read, url, "MEDLEY_DATABASE")
     fields = {
@@ -317,7 +275,7 @@ def _database_url(read: _Reader) -> str:
     return _judged(read, with_query(url, fields), "MEDLEY_DATABASE_URL")
 
 
-def _redis_url(read: _Reader) -> str:
+def _redis_url(read: Environment) -> str:
     url = read.url("MEDLEY_REDIS_URL", {"redis", "rediss", "unix"})
     url = _add_password(read, url, "MEDLEY_REDIS")
     fields = {
@@ -334,7 +292,7 @@ def _redis_url(read: _Reader) -> str:
     return _judged(read, with_query(url, fields), "MEDLEY_REDIS_URL")
 
 
-def _add_password(read: _Reader, url: str, prefix: str) -> str:
+def _add_password(read: Environment, url: str, prefix: str) -> str:
     password = read.secret(f"{prefix}_PASSWORD")
     try:
         return with_password(url, password)
@@ -342,7 +300,7 @@ def _add_password(read: _Reader, url: str, prefix: str) -> str:
         raise ConfigError(f"{prefix}_PASSWORD", password, f"nothing, since {prefix}_URL holds a password") from None
 
 
-def _judged(read: _Reader, url: str, key: str) -> str:
+def _judged(read: Environment, url: str, key: str) -> str:
     """Refuses what would leave the deployment open. The URLs of `medley up` name private sockets, so they pass."""
     if password_weakness(url) is not None and not read.allows_weak_secrets:
         raise ConfigError(key, url, _NO_DEFAULT)
@@ -352,7 +310,7 @@ def _judged(read: _Reader, url: str, key: str) -> str:
     return url
 
 
-def _limits(read: _Reader) -> Limits:
+def _limits(read: Environment) -> Limits:
     default = Limits()
     return Limits(
         max_body_bytes=read.whole("MEDLEY_MAX_BODY_BYTES", default.max_body_bytes, low=1),
@@ -363,7 +321,7 @@ def _limits(read: _Reader) -> Limits:
     )
 
 
-def _quotas(read: _Reader) -> Quotas:
+def _quotas(read: Environment) -> Quotas:
     default = Quotas()
     return Quotas(
         queued_jobs=read.whole("MEDLEY_QUOTA_QUEUED_JOBS", default.queued_jobs, low=0),
@@ -374,7 +332,7 @@ def _quotas(read: _Reader) -> Quotas:
     )
 
 
-def _worker(read: _Reader) -> WorkerSettings:
+def _worker(read: Environment) -> WorkerSettings:
     default = WorkerSettings()
     dtypes = {"float32", "float16", "bfloat16"}
     return WorkerSettings(
@@ -402,131 +360,5 @@ def _worker(read: _Reader) -> WorkerSettings:
     )
 
 
-def _scale(read: _Reader) -> ScaleSettings:
-    default = ScaleSettings()
-    hook, secret = read.text("MEDLEY_SCALE_HOOK"), read.secret("MEDLEY_SCALE_HOOK_SECRET")
-    if hook is not None and hook.startswith(("http://", "https://")):
-        parts = urlsplit(hook)
-        if parts.hostname is None or parts.username is not None or parts.fragment:
-            raise ConfigError("MEDLEY_SCALE_HOOK", hook, "a URL with a host, without a user and a fragment")
-        is_excused = is_loopback(parts.hostname) or parts.hostname in read.plaintext_hosts
-        if parts.scheme == "http" and not is_excused:
-            wanted = "https://, or the host in MEDLEY_PLAINTEXT_HOSTS where the network itself is trusted"
-            raise ConfigError("MEDLEY_SCALE_HOOK", hook, wanted)
-        try:
-            is_signed = secret is not None and len(read_secret(secret)) >= MIN_SECRET_BYTES
-        except ValueError:
-            is_signed = False
-        if not is_signed:
-            wanted = f"whsec_ and at least {MIN_SECRET_BYTES} bytes in base64, with which calls of the URL are signed"
-            raise ConfigError("MEDLEY_SCALE_HOOK_SECRET", secret, wanted)
-    return ScaleSettings(
-        hook=hook,
-        hook_secret=secret,
-        hook_timeout_s=read.seconds("MEDLEY_SCALE_HOOK_TIMEOUT_S", default.hook_timeout_s),
-        wait_s=read.seconds("MEDLEY_SCALE_WAIT_S", default.wait_s),
-        release_after_s=read.seconds("MEDLEY_SCALE_RELEASE_AFTER_S", default.release_after_s),
-        repeat_s=read.seconds("MEDLEY_SCALE_REPEAT_S", default.repeat_s),
-        metrics_host=read.text("MEDLEY_METRICS_HOST") or default.metrics_host,
-        metrics_port=read.optional_whole("MEDLEY_METRICS_PORT", low=0, high=65535),
-    )
-
-
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
-
-
-class _Reader:
-    """Typed look-ups in one environment; an empty value counts as not set (compose passes those)."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-
-    def text(self, key: str) -> str | None:
-        return self._environ.get(key) or None
-
-    def secret(self, key: str) -> str | None:
-        """The value of `key`, or what stands in the file that `key`_FILE names (less the line's end)."""
-        value, path = self.text(key), self.text(f"{key}_FILE")
-        if path is None:
-            return value
-        if value is not None:
-            raise ConfigError(f"{key}_FILE", path, f"one of {key} and {key}_FILE")
-        try:
-            content = Path(path).read_text().rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{key}_FILE", path, f"a text file that can be read ({type(error).__name__})") from None
-        if not content:
-            raise ConfigError(f"{key}_FILE", path, "a file that is not empty")
-        return content
-
-    @property
-    def allows_weak_secrets(self) -> bool:
-        return self.flag("MEDLEY_ALLOW_WEAK_SECRETS", False)
-
-    @property
-    def plaintext_hosts(self) -> frozenset[str]:
-        """Hosts that may be spoken to without encryption."""
-        return frozenset(
-            host.strip() for host in (self.text("MEDLEY_PLAINTEXT_HOSTS") or "").split(",") if host.strip()
-        )
-
-    def url(self, key: str, schemes: set[str]) -> str:
-        value = self.secret(key)
-        wanted = "a URL that begins with " + " or ".join(f"{s}://" for s in sorted(schemes))
-        if value is None or urlsplit(value).scheme not in schemes:
-            raise ConfigError(key, value, wanted)
-        return value
-
-    def choice(self, key: str, default: str, allowed: AbstractSet[str]) -> str:
-        value = self.text(key) or default
-        if value not in allowed:
-            raise ConfigError(key, value, "one of " + ", ".join(sorted(allowed)))
-        return value
-
-    def optional_choice(self, key: str, allowed: AbstractSet[str]) -> str | None:
-        return None if self.text(key) is None else self.choice(key, "", allowed)
-
-    def whole(self, key: str, default: int, *, low: int, high: int | None = None) -> int:
-        value = self.optional_whole(key, low=low, high=high)
-        return default if value is None else value
-
-    def optional_whole(self, key: str, *, low: int, high: int | None = None) -> int | None:
-        bound = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
-        value = self._parsed(key, int, bound)
-        if value is not None and (value < low or (high is not None and value > high)):
-            raise ConfigError(key, self.text(key), bound)
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        return self.choice(key, str(default).lower(), {"true", "false"}) == "true"
-
-    def seconds(self, key: str, default: float) -> float:
-        value = self._above_zero(key, "seconds", 3600)
-        return default if value is None else value
-
-    def per_second(self, key: str, default: float) -> float:
-        value = self._above_zero(key, "a number", 1_000_000)
-        return default if value is None else value
-
-    def optional_milliseconds(self, key: str) -> float | None:
-        return self._above_zero(key, "milliseconds", 3_600_000)
-
-    def optional_share(self, key: str) -> float | None:
-        return self._above_zero(key, "a share", 1)
-
-    def _above_zero(self, key: str, unit: str, high: float) -> float | None:
-        wanted = f"{unit} above 0 and at most {high}"
-        value = self._parsed(key, float, wanted)
-        if value is not None and not 0 < value <= high:
-            raise ConfigError(key, self.text(key), wanted)
-        return value
-
-    def _parsed(self, key: str, parse: Callable[[str], T], wanted: str) -> T | None:
-        text = self.text(key)
-        if text is None:
-            return None
-        try:
-            return parse(text)
-        except ValueError:
-            raise ConfigError(key, text, wanted) from None

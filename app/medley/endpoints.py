@@ -60,6 +60,7 @@ def judge_url(url: str, *, allow_loopback: bool) -> SplitResult:
     literal = _literal(host)
     if literal is not None:
         judge_address(literal, allow_loopback=allow_loopback)
+        _judge_scheme(parts, literal)
     elif not allow_loopback and (host in _LOCAL_NAMES or host.rstrip(".").endswith(_LOCAL_NAMES)):
         raise NotAllowed("a host on the public internet")
     return parts
@@ -74,6 +75,12 @@ def judge_address(address: Address, *, allow_loopback: bool) -> None:
     is_public = inner.is_global and not (inner.is_multicast or inner.is_reserved or inner.is_unspecified)
     if not is_public or any(inner in network for network in _NOT_PUBLIC):
         raise NotAllowed("a host on the public internet")
+
+
+def _judge_scheme(parts: SplitResult, address: Address) -> None:
+    """Raises NotAllowed for what would leave this machine without TLS."""
+    if parts.scheme != "https" and not _embedded(address).is_loopback:
+        raise NotAllowed("a URL that begins with https://, as its host is not this machine")
 
 
 def resolve(host: str, port: int, *, allow_loopback: bool) -> Address:
@@ -95,6 +102,7 @@ def post(url: str, body: str, headers: Mapping[str, str], *, allow_loopback: boo
         assert parts.hostname is not None
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = resolve(parts.hostname, port, allow_loopback=allow_loopback)
+        _judge_scheme(parts, address)
     except NotAllowed as error:
         return Answer(None, f"not sent: wanted {error}")
     except (OSError, UnicodeError) as error:

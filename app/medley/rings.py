@@ -23,6 +23,7 @@ from redis.retry import Retry
 from medley.celery_app import TASKS_QUEUE, task_message, worker_queue
 
 DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were stored
+CANCEL_TASK = "medley.cancel"
 EXPAND_TASK = "medley.expand"
 MAINTAIN_TASK = "medley.maintain"
 DELIVER_TASK = "medley.deliver"

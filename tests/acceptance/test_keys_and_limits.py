@@ -102,6 +102,8 @@ def test_keys_from_a_terminal_by_an_admin_key(api: Api, run: Medley) -> None:
     [made] = run.lines("keys", "create", "ci", "--scope", "read", "--scope", "submit", "--days", "30")
     key_id = "_".join(made.split("_")[:2])
     assert Medley(api.url, made).lines("limits")[0] == "name\tused\tlimit"
+    shown = dict(line.split("\t", 1) for line in Medley(api.url, made).lines("limits")[1:])
+    assert shown["queued_bytes"] == "0\t17,179,869,184", "in full, as bytes are compared"
     assert Medley(api.url, made)("keys", "list").returncode == 1
     header, *rows = run.lines("keys", "list")
     assert header.split("\t")[:4] == ["id", "name", "state", "scopes"]

@@ -1,13 +1,15 @@
-"""What the tests of the service share: a database as its processes see it, and the API over HTTP."""
+"""What the tests of the service share: a database as its processes see it, the API over HTTP, and where shells run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server import Api, running_api
 from ledger import Ledger
+from shells import Site, make_model
 
 from medley.local.embedded import EmbeddedServers
 
@@ -34,3 +36,17 @@ def api(
         module_database, embedded.redis_url, store_url, limits=request.module.LIMITS, webhook_loopback=loopback
     ) as api:
         yield api
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for shells."""
+    return make_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def site(database: Any, redis_url: str, store_url: str, model: Path, tmp_path: Path) -> Iterator[Site]:
+    """For shells of one test: on a database of its own, as they may end in any way."""
+    made = Site(database, redis_url, store_url, model, tmp_path)
+    yield made
+    made.close()

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Connection, Row, text
 
 from medley.config import Quotas
-from medley.db import adapters, batches, demand, ends, flags, queue, quotas, tenants, workers
+from medley.db import adapters, batches, cancels, demand, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
@@ -177,7 +177,7 @@ class Ledger:
             return workers.reclaim(conn, self.pool)
 
     def flag(self, tenant: UUID, batch: UUID, what: str) -> bool:
-        act = {"cancel": flags.cancel_batch, "pause": flags.pause_batch, "resume": flags.resume_batch}[what]
+        act = {"cancel": cancels.cancel_batch, "pause": flags.pause_batch, "resume": flags.resume_batch}[what]
         with tenant_transaction(self.api, tenant) as conn:
             return act(conn, batch)
 

@@ -297,9 +297,40 @@ def test_a_body_beyond_the_limit_is_refused_declared_or_not_and_before_it_is_par
 
 
 def test_errors_have_one_shape_whatever_fails(api: Api) -> None:
-    response = api.as_tenant().request("PATCH", "/v1/jobs")
-    assert response.status_code == 405
+    response = api.as_tenant().get("/v1/nothing")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
     assert set(response.json()["error"]) == {"code", "message", "faults"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PATCH", "/v1/jobs", "POST"),
+        ("PUT", "/v1/batches", "GET, POST"),
+        ("DELETE", "/openai/v1/batches", "GET, POST"),
+        ("POST", "/v1/batches/batch_x", "GET, PATCH"),
+    ],
+)
+def test_a_method_that_is_not_served_is_told_which_are(api: Api, method: str, path: str, allowed: str) -> None:
+    response = api.as_tenant().request(method, path)
+    assert response.status_code == 405
+    assert response.json()["error"]["code"] == "method_not_allowed"
+    assert response.headers["Allow"] == allowed
+    assert allowed in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "wanted"),
+    [
+        (b'{"prompt": "x", "max_tokens": "many"}', "max_tokens", "`int`"),
+        (b'{"prompt": "x", "stop": [1]}', "stop[0]", "`str`"),
+        (b'{"prompt": "\xff"}', "prompt", "UTF-8"),
+    ],
+)
+def test_a_field_of_another_type_is_told_which_is_wanted(api: Api, body: bytes, field: str, wanted: str) -> None:
+    response = api.as_tenant().post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    (fault,) = response.json()["error"]["faults"]
+    assert (fault["field"], fault["wanted"]) == (field, wanted)
 
 
 def test_jobs_read_at_once_are_each_asked_for_by_their_own_tenant(api: Api) -> None:

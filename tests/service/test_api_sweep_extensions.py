@@ -159,6 +159,33 @@ def test_a_column_that_has_no_cell_yet_leaves_a_finished_sweep_finished(api: Api
     api.ledger.recount()
 
 
+def test_new_cells_of_a_deleted_adapter_fail_and_say_so(api: Api) -> None:
+    sweep = declare(api, 201, adapters=["*"])
+    expand(api, sweep)
+    api.finish(sweep["id"])
+    assert api.as_tenant().delete("/v1/adapters/sort").status_code == 204
+    assert extend(api, prompts=["c"])["counts"]["total"] == 6
+    expand(api, sweep)
+    page = api.as_tenant().get(f"/v1/batches/{sweep['id']}/results", params={"after": 4}).json()
+    (failed,) = page["results"]
+    assert (failed["adapter"], failed["state"]) == ("sort", "failed")
+    assert failed["error"]["code"] == "adapter_unavailable"
+    assert "deleted" in failed["error"]["message"]
+    api.finish(sweep["id"])
+    assert api.as_tenant().get("/v1/sweeps/s").json()["state"] == "finished"
+    assert retried(api, sweep) == 0, "while it is deleted"
+    assert api.upload("sort").status_code in (200, 201)
+    assert retried(api, sweep) == 1
+    api.finish(sweep["id"])
+    api.ledger.check()
+
+
+def retried(api: Api, sweep: dict[str, Any]) -> int:
+    """Retries what can be; how many jobs wait then."""
+    counts = api.as_tenant().post(f"/v1/batches/{sweep['id']}/retry", json={}).json()["counts"]
+    return int(counts["queued_or_running"])
+
+
 def test_a_column_keeps_the_revision_that_it_began_with(api: Api) -> None:
     sweep = declare(api, 201)
     api.upload("add", folder="affine-5-8")

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from medley.cli import COMMANDS, main
-from medley.config import ConfigError, Settings
+from medley.config import Settings
+from medley.environment import ConfigError
 from medley.local.deployment import UpOptions
 from medley.local.processes import PROCESSES, SERVERS, Health
 from medley.spec.wire import EngineConfig

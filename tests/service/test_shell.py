@@ -15,7 +15,7 @@ import pytest
 from shells import BOS, EOS, ShellProcess, Site, make_model
 from tokenizers import pre_tokenizers
 
-from medley.db import flags
+from medley.db import cancels, flags
 from medley.db.workers import WorkerState
 from medley.spec.ids import uuid7
 
@@ -205,7 +205,7 @@ def test_running_jobs_are_cancelled_and_expired_within_seconds(site: Site, shell
     expiring = site.submit(ENDLESS, deadline_in_s=2.0)
     site.ring(shell, site.claim(shell))
     site.wait_computing(shell)
-    site.execute(flags.cancel_batch, cancelled)
+    site.execute(cancels.cancel_batch, cancelled)
     site.execute(flags.cancel_job, site.jobs(alone)[0].id)
     site.wait_results(cancelled, 2, timeout_s=10)
     site.wait_results(expiring, 1, timeout_s=10)

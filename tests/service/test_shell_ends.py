@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
-from shells import Site, make_model
+from shells import Site
 
 LONG = {"max_tokens": 500, "temperature": 1.0}
 POISON = 255  # a token id that no text here has
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture
-def site(database: Any, redis_url: str, store_url: str, model: Path, tmp_path: Path) -> Iterator[Site]:
-    site = Site(database, redis_url, store_url, model, tmp_path)
-    yield site
-    site.close()
 
 
 def test_sigterm_releases_with_checkpoints_and_another_worker_gives_the_undisturbed_answer(site: Site) -> None:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from shells import ShellProcess, Site, make_model
+from shells import ShellProcess, Site
 
 from medley.db.workers import WorkerState
 
 LONG = {"prompt": "a long answer", "max_tokens": 1_200, "temperature": 1.0, "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture
-def site(database: Any, redis_url: str, store_url: str, model: Path, tmp_path: Path) -> Iterator[Site]:
-    site = Site(database, redis_url, store_url, model, tmp_path)
-    yield site
-    site.close()
 
 
 def start(site: Site, *, active: bool = True, **environ: str) -> ShellProcess:

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from medley.cli import main
 from medley.config import (
     SECRET_KEYS,
-    ConfigError,
     Settings,
     database_url_from_env,
     inherited_env,
     role_passwords_from_env,
     store_access_from_env,
 )
+from medley.environment import ConfigError
 
 LOCAL = {
     "MEDLEY_DATABASE_URL": "postgresql+psycopg://medley_api@/medley?host=/tmp/s",

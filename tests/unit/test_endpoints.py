@@ -113,6 +113,16 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
     return asked
 
 
+def test_without_tls_nothing_leaves_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_url("http://127.0.0.1:8080/hook", allow_loopback=True)
+    with pytest.raises(NotAllowed, match="https"):
+        judge_url("http://1.1.1.1/hook", allow_loopback=True)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: found)
+    answer = post("http://example.com/hook", "{}", {}, allow_loopback=True)
+    assert (answer.status, "https" in (answer.error or "")) == (None, True)
+
+
 def test_every_address_of_a_host_must_be_public(monkeypatch: pytest.MonkeyPatch) -> None:
     resolving(monkeypatch, "93.184.216.34", "10.0.0.1")
     with pytest.raises(NotAllowed):

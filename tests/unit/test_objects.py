@@ -13,7 +13,8 @@ from bad_line import Fate
 from s3_server import BUCKET, S3Server, running_s3
 
 from medley import objects_s3
-from medley.config import ConfigError, store_access_from_env
+from medley.config import store_access_from_env
+from medley.environment import ConfigError
 from medley.objects import FolderObjects, ObjectCorrupt, ObjectMissing, Objects, StoreUnavailable, UnsupportedStore
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from medley.db.inputs import Assigned
 from medley.spec.errors import ErrorCode
 from medley.spec.ids import uuid7
+from medley.spec.jobs import JobState
 from medley.spec.sampling import SamplingParams
 from medley.store import Store
 from medley_worker.shell.adapter_folders import AdapterFolders
@@ -22,7 +23,9 @@ def folders_of(store: Path) -> AdapterFolders:
     return AdapterFolders(Store.open(str(store)), None, lambda _: None)
 
 
-def make_job(prompt: str, *, is_quarantined: bool = False, is_templated: bool = False) -> Assigned:
+def make_job(
+    prompt: str, *, is_quarantined: bool = False, is_templated: bool = False, is_cancelled: bool = False
+) -> Assigned:
     revision = uuid7() if is_quarantined else None
     return Assigned(
         job=uuid7(),
@@ -38,6 +41,7 @@ def make_job(prompt: str, *, is_quarantined: bool = False, is_templated: bool = 
         step_limit=None,
         is_quarantined=is_quarantined,
         is_templated=is_templated,
+        is_cancelled=is_cancelled,
     )
 
 
@@ -70,3 +74,19 @@ def test_a_job_of_a_quarantined_adapter_never_reaches_the_engine(tmp_path: Path)
     )
     assert [h.phase for h in held] == [Phase.ENDING]
     assert [f.error and f.error.code for f in failures] == [ErrorCode.ADAPTER_QUARANTINED]
+
+
+def test_a_job_of_a_cancelled_batch_ends_as_cancelled_without_being_read(tmp_path: Path) -> None:
+    codec = TextCodec(Tokenizer(models.WordLevel({"known": 0}, unk_token="known")))
+    jobs = [make_job("known", is_cancelled=True), make_job("known")]
+    held, ends = Preparation(codec, folders_of(tmp_path), lambda: None).prepare(jobs)
+    assert {h.key.job: h.phase for h in held} == {jobs[0].job: Phase.ENDING, jobs[1].job: Phase.WAITING}
+    assert [(end.job, end.state, end.error) for end in ends] == [(jobs[0].job, JobState.CANCELLED, None)]
+
+
+def test_a_prompt_that_is_too_long_has_used_no_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"known": 0}, unk_token="known"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    preparation = Preparation(TextCodec(tokenizer), folders_of(tmp_path), lambda: 4)
+    _, (failure,) = preparation.prepare([make_job("known " * 4)])
+    assert (failure.error and failure.error.code, failure.prompt_tokens) == (ErrorCode.PROMPT_TOO_LONG, 0)

@@ -8,10 +8,11 @@ from uuid import UUID
 
 import pytest
 
-from medley.config import ConfigError, Settings
+from medley.config import Settings
 from medley.dispatcher.glance import Glance
 from medley.dispatcher.planner import Waits
 from medley.dispatcher.scale_calls import MIN_GAP_S, RELEASABLE, WANTED, ScaleCalls
+from medley.environment import ConfigError
 
 REPEAT_S = 60.0
 

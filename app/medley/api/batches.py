@@ -21,8 +21,10 @@ from medley.api.job_bodies import At, Defaults, Priority, label_faults
 from medley.api.job_columns import CHUNK_JOBS, JobReader, at_item, at_line
 from medley.api.shapes import NDJSON, answer, batch_of
 from medley.db.batches import PRIORITIES, list_batches, read_batch
-from medley.db.flags import cancel_batch, pause_batch, resume_batch
+from medley.db.cancels import cancel_batch
+from medley.db.flags import pause_batch, resume_batch
 from medley.db.new_jobs import JobColumns
+from medley.rings import CANCEL_TASK
 from medley.spec.errors import Fault
 from medley.spec.ids import BATCH, JOB, SWEEP, parse_id, public_id
 
@@ -163,6 +165,8 @@ async def cancel(batch_id: str, request: Request, who: Caller = Depends(submits)
     Query(request).end()
     row = await _act(who, batch_id, cancel_batch)
     who.services.ringer.ring_done(row.id)
+    if row.finished_at is None:
+        who.services.ringer.send_task(CANCEL_TASK, row.id.hex)
     return answer(batch_of(row))
 
 

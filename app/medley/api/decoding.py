@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 # msgspec ends its messages with where in the value it was: "Expected `int`, got `str` - at `$.a[3]`".
 _PLACE = re.compile(r" - at `\$?([^`]*)`$")
+_EXPECTED = re.compile(r"Expected (.+?)(?:, got .+)?")
 _WHOLE = re.compile(r"-?[0-9]{1,19}")
 Data = bytes | bytearray | memoryview | msgspec.Raw
 DECODE_ERRORS = (ValueError, RecursionError)  # msgspec's errors and a bad UTF-8 sequence are ValueErrors
@@ -124,6 +125,18 @@ def reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
 
 
+def wanted_by(error: Exception) -> str:
+    """What a decoder that raised `error` wanted, without what it got."""
+    if isinstance(error, UnicodeDecodeError):
+        return "UTF-8"
+    message = _PLACE.sub("", reason(error))
+    if (expected := _EXPECTED.fullmatch(message)) is not None:
+        return expected[1]
+    if message.startswith("Invalid enum value"):
+        return "one of the values that /openapi.json lists"
+    return message
+
+
 def shown(data: Data) -> str:
     """The beginning of what was sent."""
     return bytes(memoryview(data)[: 4 * MAX_SHOWN]).decode(errors="replace")[:MAX_SHOWN] or "nothing"
@@ -135,10 +148,9 @@ def _unknown(name: str, value: msgspec.Raw, known: Iterable[str], instead: dict[
 
 
 def _mistyped(name: str, value: msgspec.Raw, error: Exception) -> Fault:
-    message = reason(error)
-    place = _PLACE.search(message)
+    place = _PLACE.search(reason(error))
     where = place[1] if place else ""
-    return Fault(field=f"{name}{where}", got=shown(value), wanted=_PLACE.sub("", message))
+    return Fault(field=f"{name}{where}", got=shown(value), wanted=wanted_by(error))
 
 
 class Query:

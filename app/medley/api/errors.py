@@ -6,6 +6,7 @@
       Forbidden       403  the key lacks a scope
       Closing         403  the tenant is to be deleted
       NotFound        404  another tenant's things too
+      MethodNotAllowed  405
       Conflict        409
       TooLarge        413
       Encoded         415  a compressed body
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute, iter_route_contexts
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -96,6 +98,14 @@ class NotFound(ApiError):
 
     def __init__(self, kind: str, shown_id: str) -> None:
         super().__init__(f"there is no {kind} {shown_id[:200]!r}")
+
+
+class MethodNotAllowed(ApiError):
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str, served: Iterable[str]) -> None:
+        allowed = ", ".join(served)
+        super().__init__(f"{path[:200]} is not served by {method}, but by {allowed}", headers={"Allow": allowed})
 
 
 class Conflict(ApiError):
@@ -231,10 +241,20 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refused = ApiError(f"{request.method} {request.url.path[:200]}: {error.detail}", headers=dict(error.headers or {}))
+    path = request.url.path
+    if error.status_code == MethodNotAllowed.status:
+        return error_response(MethodNotAllowed(request.method, path, _methods(request)), path)
+    refused = ApiError(f"{request.method} {path[:200]}: {error.detail}", headers=dict(error.headers or {}))
     refused.status = error.status_code
-    refused.code = "not_found" if error.status_code in (404, 405) else "invalid_request"
-    return error_response(refused, request.url.path)
+    refused.code = "not_found" if error.status_code == NotFound.status else "invalid_request"
+    return error_response(refused, path)
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of all routes to the path; Starlette names those of the first alone."""
+    routes = (context.original_route for context in iter_route_contexts(request.app.routes))
+    here = [r for r in routes if isinstance(r, APIRoute) and r.path_regex.match(request.scope["path"])]
+    return sorted({method for route in here for method in route.methods or ()})
 
 
 async def _gone(request: Request, _error: Exception) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from hashlib import blake2b
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from medley.spec.errors import Fault
 from medley.spec.sampling import MAX_SAMPLES, SamplingParams
 
 MAX_LABEL_CHARS = 200  # of custom_id, and of names
+SHORT_LABEL_CHARS = 40  # a digest takes hardly less; a longer one may take 800 bytes, and a request has a million
 TOKEN_ID_BYTES = 4  # a prompt of ids counts as many bytes towards the limit on prompts
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -110,6 +112,13 @@ def _text_faults(field: str, text: str | None, token_ids: list[int] | None, limi
     most_ids = limits.max_prompt_bytes // TOKEN_ID_BYTES
     if token_ids is not None and not 1 <= len(token_ids) <= most_ids:
         yield Fault(field=f"{field}_token_ids", got=f"{len(token_ids)} ids", wanted=f"1 to {most_ids} ids")
+
+
+def label_key(label: str) -> str | bytes:
+    """What tells a label from others at next to no memory: itself, or a digest of a long one."""
+    if len(label) <= SHORT_LABEL_CHARS and label.isascii():
+        return label
+    return blake2b(label.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def label_faults(field: str, label: str | None) -> Iterator[Fault]:

@@ -29,6 +29,7 @@ from medley.api.job_bodies import (
     given,
     judge_sampling,
     label_faults,
+    label_key,
     prompt_faults,
     sampling_json,
     sampling_key,
@@ -85,7 +86,7 @@ class JobReader:
         self._locate = locate
         self._resolved: dict[str | None, Resolved] = {None: Resolved("", None)}
         self._samplings: dict[Any, Judged] = {}
-        self._custom_ids: set[str] = set()
+        self._custom_ids: set[str | bytes] = set()  # as `label_key` has them
         self._take_defaults(defaults)
 
     @property
@@ -230,7 +231,7 @@ class JobReader:
     def _is_fit(self, bodies: list[Any]) -> bool:
         """Whether nothing but their sampling can be wrong with these. Adds their labels to those seen where so."""
         labels = [body.custom_id for body in bodies if body.custom_id is not None]
-        distinct = set(labels)
+        distinct = set(map(label_key, labels))
         seeds = [body.seed for body in bodies if body.seed is not UNSET and body.seed is not None]
         fit = (
             self._are_prompts_fit(bodies)
@@ -286,10 +287,10 @@ class JobReader:
         )
         yield from label_faults("custom_id", body.custom_id)
         if body.custom_id is not None:
-            if body.custom_id in self._custom_ids:
+            if (key_of_label := label_key(body.custom_id)) in self._custom_ids:
                 got = f"{shown_value(body.custom_id)} again"
                 yield Fault(field="custom_id", got=got, wanted="a custom_id once in a batch")
-            self._custom_ids.add(body.custom_id)
+            self._custom_ids.add(key_of_label)
         name = self._adapter_of(body)
         wanted = self._resolved[name].wanted
         if wanted is not None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from medley.api.auth import Authenticator
 from medley.api.job_reads import JobReads
+from medley.api.openai.request_counts import RequestCounts
 from medley.api.openai.requests import RequestReader
 from medley.api.openai.tokens import TokenTexts
 from medley.api.rates import RateLimiter
@@ -26,14 +27,15 @@ NUM_INTAKES = 4  # uploads and downloads that are at the store at once; the othe
 
 
 class Services:
-    """Connections, keys and rates of callers, reads of jobs, the waiter hub, the ringer, the store and the threads
-    that work on it, and what is known of the base model.
+    """Connections, keys and rates of callers, reads of jobs, counts of requests, the waiter hub, the ringer, the store
+    and the threads that work on it, and what is known of the base model.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.sql = Sql(settings.database_url)
         self.job_reads = JobReads(self.sql)
+        self.request_counts = RequestCounts(self.sql)
         self.auth = Authenticator(self.sql, settings.quotas)
         self.rates = RateLimiter(settings.redis_url)
         self.hub = WaiterHub(self.sql, settings.redis_url)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import click
 
-from medley.config import ConfigError
+from medley.environment import ConfigError
 
 # name: (where, what it says in `medley --help`), in that order.
 COMMANDS = {

@@ -35,10 +35,15 @@ def limits(session: Session) -> None:
     """Show what the tenant may have, and what it has."""
     with session.client() as client:
         found: Limits = client.limits()
-    lines = [
-        f"{name}\t{'' if quota.used is None else quota.used}\t{quota.limit:g}" for name, quota in found.quotas.items()
-    ]
+    lines = [f"{name}\t{_amount(quota.used)}\t{_amount(quota.limit)}" for name, quota in found.quotas.items()]
     session.show(found, "\n".join(["name\tused\tlimit", *lines]))
+
+
+def _amount(value: float | None) -> str:
+    """In full: bytes and jobs are compared digit by digit."""
+    if value is None:
+        return ""
+    return f"{int(value):,}" if value.is_integer() else f"{value:,}"
 
 
 def _row(entry: AuditEntry) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ import click
 
 from medley import logs
 from medley.config import (
-    ConfigError,
     Settings,
     database_url_from_env,
     log_format_from_env,
     role_passwords_from_env,
 )
+from medley.environment import ConfigError
 from medley.health import is_alive
 from medley.local.processes import Health, process
 

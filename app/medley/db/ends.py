@@ -16,12 +16,10 @@ from uuid import UUID
 import msgspec
 from sqlalchemy import Connection
 
-from medley.db.batches import lock_batches, lock_batches_of
-from medley.db.connections import allow_minutes
+from medley.db.batches import lock_batches_of
 from medley.db.rates import recent_set
 from medley.db.webhooks import NOTIFY_COUNTED
 from medley.spec.errors import ErrorCode, JobError
-from medley.spec.ids import oldest_after
 from medley.spec.jobs import Details, FinishReason, JobState
 
 LOWEST_LOGPROB = -3.4028234663852886e38  # the lowest finite float32
@@ -64,6 +62,11 @@ class End:
     def revoked(cls) -> End:
         message = "this adapter is another tenant's, who shares it no longer"
         return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_REVOKED, message=message))
+
+    @classmethod
+    def deleted(cls) -> End:
+        message = "this adapter was deleted before the job was made; upload it again and retry"
+        return cls(JobState.FAILED, JobError(code=ErrorCode.ADAPTER_UNAVAILABLE, message=message))
 
 
 # Counts by lane, of batches that are locked: so nobody else writes these rows. They are upserted, not joined: a plan
@@ -301,9 +304,6 @@ WITH left_queue AS (
 """
 )
 _END_JOBS = _END_UNCLAIMED.format(which="j.id = ANY(%(jobs)b::uuid[])")
-_END_BATCH = _END_UNCLAIMED.format(
-    which="j.id IN (SELECT i.job_id FROM job_inputs i WHERE i.batch_id = %(batch)s AND i.job_id >= %(oldest)s)"
-)
 
 
 def _end_parameters(end: End) -> dict[str, object]:
@@ -318,13 +318,4 @@ def end_unclaimed(conn: Connection, jobs: Sequence[UUID], end: End) -> int:
     """Ends those of `jobs` that are still queued. Returns how many."""
     lock_batches_of(conn, jobs)
     count: int = conn.exec_driver_sql(_END_JOBS, {"jobs": list(jobs), **_end_parameters(end)}).scalar_one()
-    return count
-
-
-def end_batch_queue(conn: Connection, batch: UUID, end: End) -> int:
-    """Ends every queued job of a batch. Returns how many."""
-    allow_minutes(conn)
-    lock_batches(conn, [batch])
-    parameters = {"batch": batch, "oldest": oldest_after(batch), **_end_parameters(end)}
-    count: int = conn.exec_driver_sql(_END_BATCH, parameters).scalar_one()
     return count

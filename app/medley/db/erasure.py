@@ -17,8 +17,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from medley.db.cancels import cancel_batch
 from medley.db.connections import allow_minutes
-from medley.db.flags import cancel_batch
 from medley.spec.ids import oldest_after
 
 

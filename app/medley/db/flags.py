@@ -1,7 +1,8 @@
 """Cancel, pause, priority and deadline: what may be said of a batch or a job while it runs.
 
-Setting a flag ends or holds what is still queued in the same transaction, so a claim never meets a job of a
-cancelled or paused batch; what is leased is left to its worker, which reads `flagged` each second.
+Setting a flag ends or holds what is still queued in the same transaction (a cancelled batch's, a piece after the other:
+`cancels`), so a claim meets no job of a paused one; what is leased is left to its worker, which reads `flagged` each
+second.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sqlalchemy import Connection, text
 
 from medley.db.batches import HIGH, lock_batches
 from medley.db.connections import allow_minutes
-from medley.db.ends import End, end_batch_queue, end_unclaimed
+from medley.db.ends import End, end_unclaimed
 from medley.spec.ids import oldest_after
 from medley.spec.jobs import JobState
 
@@ -33,21 +34,6 @@ def cancel_job(conn: Connection, job: UUID) -> bool:
         return True
     # Between the two statements the job may have gone back into the queue.
     return bool(end_unclaimed(conn, [job], End(JobState.CANCELLED)))
-
-
-def cancel_batch(conn: Connection, batch: UUID) -> bool:
-    """Cancels what is queued, flags the rest; finished results are kept. False where the batch has finished."""
-    flagged = conn.execute(
-        text(
-            "UPDATE batches SET cancel_requested_at = coalesce(cancel_requested_at, clock_timestamp())"
-            " WHERE id = :id AND finished_at IS NULL RETURNING id"
-        ),
-        {"id": batch},
-    ).one_or_none()
-    if flagged is None:
-        return False
-    end_batch_queue(conn, batch, End(JobState.CANCELLED))
-    return True
 
 
 _HOLD = """

@@ -37,6 +37,7 @@ class Assigned(msgspec.Struct, frozen=True, gc=False):
     is_revoked: bool = False  # its adapter revision is another tenant's, who does not share it: it must not run
     continuation: Continuation | None = None
     is_templated: bool = False  # the prompt holds its special tokens: none are added
+    is_cancelled: bool = False  # the job, or its batch, since it was claimed or before: it must not run
 
 
 # One JSON document of rows that decode as they are: a Python object a column costs more than the query.
@@ -45,6 +46,7 @@ SELECT coalesce(json_agg(f), '[]')::text FROM (
     SELECT j.id AS job, j.attempt, j.tenant_id AS tenant, j.revision_id AS revision, a.digest, j.priority, j.step_limit,
         a.quarantined_at IS NOT NULL AS is_quarantined, coalesce(i.is_templated, false) AS is_templated,
         coalesce(a.tenant_id <> j.tenant_id AND NOT medley_may_use(j.tenant_id, a.id), false) AS is_revoked,
+        j.is_cancel_requested OR b.cancel_requested_at IS NOT NULL AS is_cancelled,
         coalesce(i.prompt, p.prompt) AS prompt,
         coalesce(i.prompt_token_ids, p.prompt_token_ids) AS prompt_token_ids,
         coalesce(i.sampling, s.sampling) || jsonb_build_object('seed', i.seed) AS sampling,
@@ -55,6 +57,7 @@ SELECT coalesce(json_agg(f), '[]')::text FROM (
             THEN json_build_object('text', coalesce(i.continuation, p.continuation), 'token_ids',
                 coalesce(i.continuation_token_ids, p.continuation_token_ids)) END AS continuation
     FROM jobs j JOIN job_inputs i ON i.job_id = j.id AND i.job_id BETWEEN %(first)s AND %(last)s
+    JOIN batches b ON b.id = j.batch_id
     LEFT JOIN sweep_prompts p ON p.sweep_id = j.batch_id AND p.prompt_idx = i.prompt_idx
     LEFT JOIN sweeps s ON i.sampling IS NULL AND s.id = j.batch_id
     LEFT JOIN adapter_revisions a ON a.id = j.revision_id

@@ -57,7 +57,8 @@ def create_openai_batch(conn: Connection, batch: UUID, tenant: UUID, new: NewOpe
 
 _READ = (
     "SELECT o.*, b.pool, b.priority, b.deadline_at, b.created_at, b.cancel_requested_at, b.paused_at, b.finished_at,"
-    " b.total, b.succeeded, b.failed, b.cancelled, b.expired, b.prompt_tokens, b.completion_tokens"
+    " b.total, b.succeeded, b.failed, b.cancelled, b.expired, b.prompt_tokens, b.completion_tokens, b.last_seq,"
+    " b.retried"
     " FROM openai_batches o JOIN batches b ON b.id = o.id"
 )
 

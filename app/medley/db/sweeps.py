@@ -196,7 +196,8 @@ _CELLS = text(
     " coalesce(cardinality(p.prompt_token_ids), octet_length(p.prompt) / 4 + 1)"
     " + coalesce(cardinality(p.continuation_token_ids), octet_length(p.continuation) / 4 + 1, 0) AS est_prompt_tokens,"
     " num_nonnulls(p.continuation, p.continuation_token_ids) > 0 AS is_scored,"
-    " r.quarantined_at, r.tenant_id <> p.tenant_id AND NOT medley_may_use(p.tenant_id, r.id) AS is_revoked"
+    " r.quarantined_at, r.tenant_id <> p.tenant_id AND NOT medley_may_use(p.tenant_id, r.id) AS is_revoked,"
+    " d.deleted_at IS NOT NULL AS is_deleted"
     # As many prompts as have `num_skipped + limit` cells for certain: all columns, or one at the least.
     " FROM (SELECT n.*, sum(n.num_cells) OVER (ORDER BY n.prompt_idx) - n.num_cells AS num_before FROM ("
     "  SELECT w.*, CASE WHEN w.only_adapter IS NULL THEN"
@@ -219,7 +220,7 @@ _CELLS = text(
     " JOIN sweep_columns c ON c.sweep_id = p.sweep_id AND c.column_idx < p.num_columns"
     "  AND (p.only_adapter IS NULL OR c.adapter IS NULL OR c.adapter = p.only_adapter)"
     "  AND NOT (p.prompt_idx < p.before_prompts AND c.column_idx < p.before_columns AND q.seed_idx <= p.before_seeds)"
-    " LEFT JOIN adapter_revisions r ON r.id = c.revision_id"
+    " LEFT JOIN adapter_revisions r ON r.id = c.revision_id LEFT JOIN adapters d ON d.id = r.adapter_id"
     " WHERE p.num_before < CAST(:num_skipped AS bigint) + CAST(:limit AS int)"
     " ORDER BY p.prompt_idx, q.seed_idx, c.column_idx OFFSET :num_skipped LIMIT :limit"
 )
@@ -276,6 +277,7 @@ def expand(conn: Connection, sweep_id: UUID, *, limit: int) -> bool:
         made = list(zip(ids, cells, strict=True))
         end_unclaimed(conn, [job for job, cell in made if cell.quarantined_at is not None], End.quarantined())
         end_unclaimed(conn, [job for job, cell in made if cell.is_revoked], End.revoked())
+        end_unclaimed(conn, [job for job, cell in made if cell.is_deleted], End.deleted())
     return bool(done)
 
 

@@ -20,10 +20,12 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from medley.config import ConfigError, ScaleSettings, inherited_env
+from medley.config import inherited_env
+from medley.config_scale import ScaleSettings
 from medley.dispatcher.glance import Glance
 from medley.dispatcher.scale_calls import Call, ScaleCalls
 from medley.endpoints import post_trusted
+from medley.environment import ConfigError
 from medley.spec.webhooks import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, read_secret, sign
 
 LOOK_S = 0.25

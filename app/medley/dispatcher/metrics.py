@@ -16,9 +16,10 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from medley.config import ConfigError, ScaleSettings
+from medley.config_scale import ScaleSettings
 from medley.db.workers import WorkerState
 from medley.dispatcher.glance import Glance
+from medley.environment import ConfigError
 
 # Of workers' totals: the metric, what their reports call it, and what it is.
 TOTALS = (

@@ -55,8 +55,8 @@ def share_gpus(
         whose = "of its own" if share is None else f"with {to_a_gpu - 1} others at the most"
         raise TooFewGpus(
             f"GPUs: got {len(gpus)}, wanted {wanted}: each of {num_workers} workers has {each} {whose},"
-            f" from {device} on; ask for fewer by --workers or --tensor-parallel, let them share by a lower {_SHARE}, or see what"
-            f" {_VISIBLE} hides"
+            f" from {device} on; ask for fewer by --workers or --tensor-parallel, let them share by a lower {_SHARE},"
+            f" or see what {_VISIBLE} hides"
         )
     num_places = min(num_workers, (len(gpus) - first) // size)
     starts = [first + worker % num_places * size for worker in range(num_workers)]

@@ -29,7 +29,7 @@ class ErrorCode(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"  # prompt + 1 tokens exceed the model's length
     INVALID_TOKEN = "invalid_token"  # a token id outside the vocabulary
     INVALID_GRAMMAR = "invalid_grammar"  # json_schema, regex or choice cannot be compiled within the limits
-    ADAPTER_UNAVAILABLE = "adapter_unavailable"  # its files could not be read
+    ADAPTER_UNAVAILABLE = "adapter_unavailable"  # its files could not be read, or it was deleted
     ADAPTER_TOO_LARGE = "adapter_too_large"  # it does not fit the worker's adapter memory
     ADAPTER_REVOKED = "adapter_revoked"  # its owner shares it no longer
     ADAPTER_QUARANTINED = "adapter_quarantined"  # it killed engines by itself

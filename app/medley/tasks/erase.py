@@ -13,10 +13,12 @@ from sqlalchemy.exc import IntegrityError
 
 from medley.db import erasure
 from medley.db.adapters import await_backups, hold_digest, is_digest_used
+from medley.db.cancels import read_cancelling
 from medley.db.connections import transaction
 from medley.db.erasure import Certificate
 from medley.db.files import object_prefix
 from medley.store import Store
+from medley.tasks.cancel import end_queue
 
 CHUNK = 5_000  # jobs a transaction
 BATCHES = 500
@@ -56,6 +58,10 @@ def stop(engine: Engine, tenant: UUID) -> int:
     while num_stopped:
         with transaction(engine) as conn:
             num_stopped = erasure.stop_batches(conn, tenant, BATCHES)
+    with transaction(engine) as conn:
+        cancelling = read_cancelling(conn, tenant=tenant)
+    for batch in cancelling:
+        end_queue(engine, batch)
     with transaction(engine) as conn:
         return erasure.num_leased(conn, tenant)
 

@@ -22,6 +22,7 @@ from medley.api.adapter_refs import Resolved
 from medley.api.batches import LINE_BYTES_A_PROMPT_BYTE, LINE_OVERHEAD_BYTES
 from medley.api.bodies import whole_lines
 from medley.api.errors import TooLarge
+from medley.api.job_bodies import label_key
 from medley.api.openai.lines import Line, LineReader, file_error, line_error
 from medley.api.openai.models import resolve_models
 from medley.api.openai.requests import Request, RequestReader, job_columns
@@ -59,7 +60,7 @@ class _Verdict:
     num_errors: int = 0
     is_too_many: bool = False
     errors: list[BatchError] = field(default_factory=list)
-    custom_ids: set[str] = field(default_factory=set)
+    custom_ids: set[str | bytes] = field(default_factory=set)  # as `label_key` has them
     models: dict[str, Resolved] = field(default_factory=dict)
 
     def add(self, *errors: BatchError) -> None:
@@ -170,11 +171,12 @@ class Validator:
         for line in lines:
             verdict.num_requests += 1
             verdict.add(*line.errors)
-            if line.custom_id is not None and line.custom_id in verdict.custom_ids:
+            label = None if line.custom_id is None else label_key(line.custom_id)
+            if label is not None and label in verdict.custom_ids:
                 got, wanted = f"{line.custom_id!r} again"[:80], "a custom_id once in a file"
                 verdict.add(line_error("duplicate_custom_id", line.number, param="custom_id", got=got, wanted=wanted))
-            elif line.custom_id is not None:
-                verdict.custom_ids.add(line.custom_id)
+            elif label is not None:
+                verdict.custom_ids.add(label)
             if line.request is None:
                 continue
             verdict.num_jobs[line.request.model] += line.request.num_jobs

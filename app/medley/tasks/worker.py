@@ -25,9 +25,10 @@ from medley.db.connections import make_engine
 from medley.db.erasure import NotErasable
 from medley.health import beat
 from medley.objects import StoreError
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
+from medley.rings import CANCEL_TASK, DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, OPENAI_TASK, Ringer
 from medley.store import Store
 from medley.tasks import deliver
+from medley.tasks.cancel import Canceller
 from medley.tasks.deliver import Deliverer
 from medley.tasks.expand import Expander
 from medley.tasks.finalize import Finalizer
@@ -38,7 +39,7 @@ from medley.tasks.validate import Validator
 
 NUM_THREADS = 2  # a long expansion beside short ones
 # Each on a thread of its own: a look runs what it finds, and a long one keeps no other waiting.
-LOOKS = ("sweeps", "openai", "webhooks")
+LOOKS = ("sweeps", "openai", "webhooks", "cancels")
 LOOK_S = 1.0
 
 log = structlog.get_logger()
@@ -57,13 +58,22 @@ def run(settings: Settings) -> None:
         on_chunk=lambda: beat(settings.health_file),
         should_stop=_is_stopping,
     )
+    canceller = Canceller(
+        engine,
+        ringer,
+        settings.pool,
+        on_chunk=lambda: beat(settings.health_file),
+        should_stop=_is_stopping,
+    )
     deliverer = Deliverer(engine, allow_loopback=settings.webhook_loopback, should_stop=_is_stopping)
     openai_batches = _openai_batches(settings, engine, store, ringer)
+    looks = (expander.look, openai_batches.look, deliverer.look, canceller.look)
     threading.excepthook = _end_on_crash
-    for name, look in zip(LOOKS, (expander.look, openai_batches.look, deliverer.look), strict=True):
+    for name, look in zip(LOOKS, looks, strict=True):
         threading.Thread(target=_look, args=(look, settings), name=f"look-{name}", daemon=True).start()
     app = make_celery(settings.redis_url, consumes=True)
-    _add_tasks(app, expander, openai_batches, deliverer, engine, store)
+    _add_tasks(app, expander, openai_batches, deliverer, canceller)
+    _add_maintenance(app, engine, store)
     worker = make_worker(app, TASKS_QUEUE, pool="threads", concurrency=NUM_THREADS)
     worker.start()
     deliverer.close()
@@ -103,8 +113,7 @@ def _add_tasks(
     expander: Expander,
     openai_batches: OpenAIBatches,
     deliverer: Deliverer,
-    engine: Engine,
-    store: Store,
+    canceller: Canceller,
 ) -> None:
     @app.task(name=EXPAND_TASK, shared=False)  # type: ignore[untyped-decorator]
     def expand(sweep: str) -> None:
@@ -118,6 +127,12 @@ def _add_tasks(
     def send_event(delivery: str) -> None:
         deliverer.begin(UUID(hex=delivery))
 
+    @app.task(name=CANCEL_TASK, shared=False)  # type: ignore[untyped-decorator]
+    def end_cancelled(batch: str) -> None:
+        canceller.run(UUID(hex=batch))
+
+
+def _add_maintenance(app: Celery, engine: Engine, store: Store) -> None:
     orphans = Orphans(engine, store)
     is_maintaining = threading.Lock()
 

@@ -84,9 +84,9 @@ class Intake:
             self._take_apart(wanted, error)
             return
         self._outage.end()
-        jobs, failures = self._preparation.prepare(assigned)
+        jobs, ends = self._preparation.prepare(assigned)
         taken = {held.key for held in self._held.hold(jobs)}
-        self._results.put([failure for failure in failures if JobKey(failure.job, failure.attempt) in taken])
+        self._results.put([end for end in ends if JobKey(end.job, end.attempt) in taken])
         self._feed.offer()
 
     def _take_apart(self, ids: list[UUID], error: msgspec.MsgspecError) -> None:
@@ -102,6 +102,15 @@ class Intake:
             failure = JobError(code=ErrorCode.ENGINE, message=f"the job's stored sampling cannot be read: {error}")
             if self._held.hold([Held(key, phase=Phase.ENDING)]):
                 self._results.put([Result(job=key.job, attempt=key.attempt, state=JobState.FAILED, error=failure)])
+
+
+def _ending(job: Assigned) -> Held:
+    return Held(JobKey(job.job, job.attempt), phase=Phase.ENDING)
+
+
+def _end(job: Assigned, state: JobState, error: JobError | None = None) -> Result:
+    """The end of a job of which nothing is computed: it has used no token."""
+    return Result(job=job.job, attempt=job.attempt, state=state, error=error)
 
 
 _UNREADABLE = JobError(code=ErrorCode.ENGINE, message="prompt: the model's tokenizer cannot read it")
@@ -120,13 +129,18 @@ class Preparation:
 
         Left out are jobs whose adapter is on its way to this machine.
         """
-        texts = [job for job in assigned if job.prompt_token_ids is None and job.continuation is None]
+        live = [job for job in assigned if not job.is_cancelled]
+        texts = [job for job in live if job.prompt_token_ids is None and job.continuation is None]
         # A chat template writes special tokens itself: those of the tokenizer would stand there twice.
         tokens = self._tokens([job for job in texts if not job.is_templated], add_special_tokens=True)
         tokens |= self._tokens([job for job in texts if job.is_templated], add_special_tokens=False)
         jobs: list[Held] = []
-        failures: list[Result] = []
+        ends: list[Result] = []
         for job in assigned:
+            if job.is_cancelled:
+                jobs.append(_ending(job))
+                ends.append(_end(job, JobState.CANCELLED))
+                continue
             ids, num_continuation = job.prompt_token_ids, 0
             if job.continuation is not None:
                 ids, num_continuation = self._pair(job, job.continuation)
@@ -137,19 +151,11 @@ class Preparation:
             except Coming:
                 continue
             if isinstance(ready, JobError):
-                jobs.append(Held(JobKey(job.job, job.attempt), phase=Phase.ENDING))
-                failures.append(
-                    Result(
-                        job=job.job,
-                        attempt=job.attempt,
-                        state=JobState.FAILED,
-                        error=ready,
-                        prompt_tokens=len(ids or ()),
-                    )
-                )
+                jobs.append(_ending(job))
+                ends.append(_end(job, JobState.FAILED, ready))
             else:
                 jobs.append(Held(ready.key, ready, job.step_limit, tenant=job.tenant))
-        return jobs, failures
+        return jobs, ends
 
     def _tokens(self, jobs: Sequence[Assigned], *, add_special_tokens: bool) -> dict[UUID, tuple[int, ...]]:
         """The tokens of each prompt; those that the tokenizer refuses are left out, found by halves."""

@@ -20,9 +20,10 @@ import structlog
 from sqlalchemy import Connection
 
 from medley import logs
-from medley.config import ConfigError, Settings
+from medley.config import Settings
 from medley.db import workers
 from medley.db.workers import Room, WorkerState
+from medley.environment import ConfigError
 from medley.garbage import collect_rarely
 from medley.objects import StoreError
 from medley.rings import Ringer

@@ -6,6 +6,7 @@ A create writes rows alone: tasks validate the file, make its jobs and write its
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -20,14 +21,14 @@ from medley.api.decoding import Query, decode_body
 from medley.api.errors import Conflict, FaultList, InvalidRequest, NotFound
 from medley.api.idempotency import REPLAYED, read_create
 from medley.api.openai.requests import ENDPOINTS
-from medley.api.openai.shapes import batch_of, page_of, status_of
+from medley.api.openai.shapes import OpenAIBatch, batch_of, page_of, status_of
 from medley.api.shapes import answer
 from medley.db import openai_batches
 from medley.db.batches import NewBatch, deadline_in, open_batch
+from medley.db.cancels import cancel_batch
 from medley.db.files import BATCH_INPUT, read_file
-from medley.db.flags import cancel_batch
 from medley.db.quotas import check_queue_room
-from medley.rings import OPENAI_TASK
+from medley.rings import CANCEL_TASK, OPENAI_TASK
 from medley.spec.errors import Fault
 from medley.spec.ids import BATCH, FILE, parse_id, public_id, uuid7
 
@@ -132,11 +133,11 @@ async def list_all(request: Request, who: Caller = Depends(reads)) -> Response:
             query.refuse("after", "the id of a batch")
     query.end()
 
-    def act(conn: Connection) -> Any:
-        rows = openai_batches.list_openai_batches(conn, after=after, limit=limit + 1)
-        return [batch_of(row, _counted(conn, row)) for row in rows]
+    def act(conn: Connection) -> Sequence[Row[Any]]:
+        return openai_batches.list_openai_batches(conn, after=after, limit=limit + 1)
 
-    return answer(page_of(await who.services.sql.run(who.tenant.id, act), limit))
+    rows = await who.services.sql.run(who.tenant.id, act)
+    return answer(page_of([await _shown(who, row) for row in rows], limit))
 
 
 @router.get("/{batch_id}")
@@ -144,11 +145,8 @@ async def read(batch_id: str, request: Request, who: Caller = Depends(reads)) ->
     Query(request).end()
     batch = _parse(batch_id)
 
-    def act(conn: Connection) -> Any:
-        row = _read(conn, batch, batch_id)
-        return batch_of(row, _counted(conn, row))
-
-    return answer(await who.services.sql.run(who.tenant.id, act))
+    row = await who.services.sql.run(who.tenant.id, lambda conn: _read(conn, batch, batch_id))
+    return answer(await _shown(who, row))
 
 
 @router.post("/{batch_id}/cancel")
@@ -157,27 +155,24 @@ async def cancel(batch_id: str, request: Request, who: Caller = Depends(submits)
     Query(request).end()
     batch = _parse(batch_id)
 
-    def act(conn: Connection) -> Any:
+    def act(conn: Connection) -> Row[Any]:
         row = _read(conn, batch, batch_id)
         if row.state in openai_batches.ENDS:
             raise Conflict(f"the batch {batch_id} cannot be cancelled: it is {status_of(row)}")
         if cancel_batch(conn, batch):
             who.note(conn, "batch.cancel", batch_id)
         openai_batches.hasten_step(conn, batch)
-        row = _read(conn, batch, batch_id)
-        return batch_of(row, _counted(conn, row))
+        return _read(conn, batch, batch_id)
 
-    shown = await who.services.sql.run(who.tenant.id, act)
+    row = await who.services.sql.run(who.tenant.id, act)
     who.services.ringer.ring_done(batch)
+    who.services.ringer.send_task(CANCEL_TASK, batch.hex)
     who.services.ringer.send_task(OPENAI_TASK, batch.hex)
-    return answer(shown)
+    return answer(await _shown(who, row))
 
 
-def _counted(conn: Connection, row: Row[Any]) -> tuple[int, int] | None:
-    """Requests are counted one by one only where they are several jobs each, and while no file has their count."""
-    if row.num_jobs == row.num_requests or row.num_completed is not None:
-        return None
-    return openai_batches.count_requests(conn, row.id)
+async def _shown(who: Caller, row: Row[Any]) -> OpenAIBatch:
+    return batch_of(row, await who.services.request_counts.of(who.tenant.id, row))
 
 
 def _parse(batch_id: str) -> UUID:

@@ -28,7 +28,7 @@ from medley.api.openai.requests import Request as ModelRequest
 from medley.api.openai.streaming import event_stream
 from medley.api.shapes import answer
 from medley.db.batches import HIGH, NewBatch, deadline_in, open_batch
-from medley.db.flags import cancel_batch
+from medley.db.cancels import cancel_batch
 from medley.db.new_jobs import add_batch_demand, append_columns, lanes_of
 from medley.db.quotas import reserve
 from medley.db.results import read_answers
