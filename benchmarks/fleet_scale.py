@@ -35,7 +35,9 @@ from benchmarks.fleet_rows import (
     fill,
     make_pool,
     make_tenants,
+    num_living,
     num_queued,
+    revive,
 )
 from medley.db.connections import allow_minutes, make_engine, transaction
 from medley.db.migrate import upgrade
@@ -92,6 +94,7 @@ def measure(
 ) -> dict[str, Any]:
     """What the dispatcher assigns on its own, on a fleet that has room, while it works and ends."""
     url = servers.database_url("medley_work")
+    revive(work, pool.name)
     with loader(url, pool, keep_queued, rate), dispatcher(servers, pool.name, servers.data.path / "d.log") as process:
         _await_claims(work, pool.name)
         time.sleep(warm_up)
@@ -102,6 +105,8 @@ def measure(
         own, server = cpu_s(process.pid) - own, cpu_s(backend) - server
         with transaction(work) as conn:
             queued = num_queued(conn, pool.name)
+            if num_living(conn, pool.name) < len(pool.workers):
+                raise RuntimeError(f"leases lapsed in pool {pool.name}: this machine is too busy to measure on")
         rss, peak = memory_mib(process.pid)
     with transaction(work) as conn:
         allow_minutes(conn)

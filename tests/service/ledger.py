@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Connection, Row, text
 
 from medley.config import Quotas
-from medley.db import adapters, batches, demand, ends, flags, queue, quotas, tenants, workers
+from medley.db import adapters, batches, changes, demand, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
@@ -195,10 +195,17 @@ class Ledger:
         return min((row for row in self.jobs().values() if row.batch_id == batch), key=lambda row: row.id)
 
     def demand(self) -> dict[tuple[UUID, int], int]:
-        """What the demand table says: (lane, priority) -> jobs."""
+        """What the demand says: (lane, priority) -> jobs."""
         with self.working() as conn:
             rows = conn.execute(text("SELECT * FROM demand WHERE pool = :pool"), {"pool": self.pool}).all()
         return {(row.lane, row.priority): row.num_queued for row in rows if row.num_queued}
+
+    def fold(self) -> None:
+        """Puts all changes into the sums, as the leader does now and then."""
+        with self.working() as conn:
+            seen = changes.read_whole(conn, self.pool).horizon
+        with self.working() as conn:
+            assert changes.fold(conn, self.pool, changes.Folding(seen, 0, 0))
 
     def _read_jobs(self, conn: Connection) -> dict[UUID, Row[Any]]:
         rows = conn.execute(text("SELECT * FROM jobs WHERE pool = :pool"), {"pool": self.pool})
