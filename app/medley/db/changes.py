@@ -146,9 +146,7 @@ def fold(conn: Connection, pool: str, folding: Folding, limit: int = FOLD_LIMIT)
     return num_demand < limit and num_counters < limit
 
 
-def _fold(
-    conn: Connection, statement: str, pool: str, seen: Horizon, begin: int, limit: int
-) -> tuple[int, int]:
+def _fold(conn: Connection, statement: str, pool: str, seen: Horizon, begin: int, limit: int) -> tuple[int, int]:
     parameters = {"pool": pool, "begin": begin, "end": seen.end, "running": list(seen.running), "limit": limit}
     num, last = conn.exec_driver_sql(statement, parameters).one()
     return num, begin if last is None else last

@@ -45,9 +45,7 @@ _DUE = text(
 )
 
 
-def read_due(
-    conn: Connection, pool: str, shared: Sequence[tuple[UUID, UUID]] = (), lapsed_since: float = 0.0
-) -> Due:
+def read_due(conn: Connection, pool: str, shared: Sequence[tuple[UUID, UUID]] = (), lapsed_since: float = 0.0) -> Due:
     """The chores that have something to do now.
 
     shared: (tenant, revision) of what waits for adapters of other tenants. lapsed_since: no lease lapsed before that

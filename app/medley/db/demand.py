@@ -101,7 +101,7 @@ def charge(conn: Connection, pool: str, tokens: Mapping[UUID, float]) -> None:
         return
     conn.exec_driver_sql(
         "INSERT INTO counter_changes (pool, tenant_id, service) SELECT %(pool)s, t.id, r.tokens / t.weight"
-        " FROM unnest(%(tenants)b::uuid[], %(tokens)b::float8[]) AS r(tenant, tokens) JOIN tenants t ON t.id = r.tenant",
+        " FROM unnest(%(tenants)b::uuid[], %(tokens)b::float8[]) AS r(id, tokens) JOIN tenants t ON t.id = r.id",
         {"pool": pool, "tenants": list(tokens), "tokens": [float(n) for n in tokens.values()]},
     )
 

@@ -1,4 +1,6 @@
-"""The fleet: what waits for it, what it has done for whom (views sum these up), its workers, what operators did to them, its leaders."""
+"""The fleet: what waits for it and what it has done for whom (as sums and changes), its workers, what operators did to
+them, its leaders.
+"""
 
 from __future__ import annotations
 
