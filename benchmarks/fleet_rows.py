@@ -207,11 +207,10 @@ WITH claimed AS (
     UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
     WHERE j.id = ANY(ARRAY(SELECT id FROM jobs WHERE pool = %(pool)s AND state = 'queued' AND NOT is_held
         ORDER BY lane, priority DESC, id LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
-    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id
+    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id, j.revision_id
 ), counted AS (
-    UPDATE demand_sums d SET num_queued = d.num_queued - c.n
-    FROM (SELECT lane, priority, count(*) AS n FROM claimed GROUP BY 1, 2) c
-    WHERE d.pool = %(pool)s AND d.lane = c.lane AND d.priority = c.priority
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT %(pool)s, lane, priority, tenant_id, revision_id, -count(*) FROM claimed GROUP BY 2, 3, 4, 5
 )
 SELECT id, attempt, lane, tenant_id FROM claimed
 """
@@ -223,11 +222,10 @@ WITH claimed AS (
         SELECT j.id FROM jobs j
         WHERE j.pool = %(pool)s AND j.lane = w.lane AND j.state = 'queued' AND NOT j.is_held
         ORDER BY j.priority DESC, j.id LIMIT %(each)s FOR UPDATE SKIP LOCKED) q))
-    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id
+    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id, j.revision_id
 ), counted AS (
-    UPDATE demand_sums d SET num_queued = d.num_queued - c.n
-    FROM (SELECT lane, priority, count(*) AS n FROM claimed GROUP BY 1, 2) c
-    WHERE d.pool = %(pool)s AND d.lane = c.lane AND d.priority = c.priority
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT %(pool)s, lane, priority, tenant_id, revision_id, -count(*) FROM claimed GROUP BY 2, 3, 4, 5
 )
 SELECT id, attempt, lane, tenant_id FROM claimed
 """
