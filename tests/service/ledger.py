@@ -54,7 +54,8 @@ class Ledger:
 
     def __init__(self, database: Any, *, num_connections: int = 2) -> None:
         self.pool = f"pool{next(_numbers)}"
-        self.work = make_engine(database.url("medley_work"), name="test", pool_size=num_connections)
+        self.work_url: str = database.url("medley_work")
+        self.work = make_engine(self.work_url, name="test", pool_size=num_connections)
         self.api = make_engine(database.url("medley_api"), name="test", pool_size=num_connections)
         self._owner = make_engine(database.url("medley_owner"), name="test", pool_size=1)
         self.weights: dict[UUID, float] = {}

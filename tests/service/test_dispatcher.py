@@ -230,10 +230,15 @@ def test_what_was_resumed_before_the_place_where_claims_look_is_found(stage: Sta
     dispatcher = stage.dispatcher()
     dispatcher.tick()
     stage.ledger.flag(tenant, paused, "resume")
+    first = True
     for _ in range(8):
         held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
         stage.ledger.complete(worker, held)
         stage.tick(dispatcher)
+        if first:
+            resumed = [row.state for row in stage.ledger.jobs().values() if row.batch_id == paused]
+            assert resumed == ["leased"] * 2, "they are the oldest of their lane"
+            first = False
     assert set(stage.states()) == {"succeeded"}
     stage.ledger.check()
 
