@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Connection, Row, text
 
 from medley.config import Quotas
-from medley.db import adapters, batches, changes, demand, ends, flags, queue, quotas, tenants, workers
+from medley.db import adapters, batches, changes, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
@@ -308,7 +308,8 @@ class Held:
 
 def claim_lanes(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Held]:
     """Up to n jobs of each (lane, n), of the highest priority first."""
-    waiting = sorted(demand.read_demand(conn, pool), key=lambda waits: -waits.priority)
+    statement = text("SELECT * FROM demand WHERE pool = :pool AND num_queued > 0 ORDER BY priority DESC")
+    waiting = conn.execute(statement, {"pool": pool}).all()
     wants = []
     for lane, num_jobs in lanes:
         left = num_jobs

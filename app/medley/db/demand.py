@@ -18,16 +18,6 @@ from sqlalchemy import Connection, text
 _encode_json = msgspec.json.Encoder().encode
 
 
-class Lane(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Jobs that wait for one adapter revision of one tenant (revision None: the base), at one priority."""
-
-    lane: UUID
-    priority: int
-    tenant: UUID
-    revision: UUID | None
-    num_queued: int
-
-
 class Change(NamedTuple):
     """Jobs that came to a lane, or left it. first: none of those that came has a lower id; None: none came."""
 
@@ -47,18 +37,6 @@ def lane_of(tenant: UUID, revision: UUID | None, *, is_shared: bool) -> UUID:
     if revision is None:
         return tenant
     return UUID(bytes=sha256(tenant.bytes + revision.bytes).digest()[:16]) if is_shared else revision
-
-
-def read_demand(conn: Connection, pool: str) -> list[Lane]:
-    """What waits in `pool`, held jobs left out."""
-    rows = conn.execute(
-        text(
-            "SELECT lane, priority, tenant_id, revision_id, num_queued FROM demand"
-            " WHERE pool = :pool AND num_queued > 0"
-        ),
-        {"pool": pool},
-    )
-    return [Lane(*row) for row in rows]
 
 
 def add_demand(conn: Connection, pool: str, changes: Iterable[Change]) -> None:
