@@ -26,7 +26,7 @@ from medley.db import ends, inputs, workers
 from medley.db.connections import make_engine, transaction
 from medley.spec.jobs import FinishReason, JobState
 
-RENEW_EVERY_S = LEASE_S / 4
+RENEW_EVERY_S = 10.0
 REFILL_AT_LEAST = 500
 TOKENS = tuple(range(32))
 LOGPROBS = (-0.1,) * 32

@@ -20,7 +20,7 @@ from medley.db.connections import allow_minutes, make_engine, transaction
 from medley.spec.ids import uuid7, uuid7s
 
 MAX_NUM_SEQS = 256
-LEASE_S = 40.0
+LEASE_S = 120.0  # none lapses while the machine is busy, or before a loader has begun
 EST_TOKENS = 128  # of a job: 64 in, 32 out
 NUM_TILES, ADAPTER_TILES, ADAPTER_BYTES = 512, 14, 80_000_000
 CHUNK = 20_000
