@@ -16,6 +16,7 @@ from uuid import UUID
 import msgspec
 from sqlalchemy import Connection
 
+from medley.db.connections import plan_each
 from medley.db.demand import Change
 
 FOLD_LIMIT = 50_000  # rows of one transaction: some tenths of a second
@@ -89,7 +90,7 @@ def read_whole(conn: Connection, pool: str, begin: int = 0) -> News:
 
 
 def read_since(conn: Connection, pool: str, seen: Horizon) -> News:
-    """The changes that `seen` did not show."""
+    """The changes that `seen` did not show; in a transaction that has written none."""
     return _news(conn, _READ_SINCE, {"pool": pool, "end": seen.end, "running": list(seen.running)})
 
 
@@ -141,6 +142,7 @@ def fold(conn: Connection, pool: str, folding: Folding, limit: int = FOLD_LIMIT)
 
     The caller holds its term, and has read all that `folding.seen` shows.
     """
+    plan_each(conn)
     num_demand, folding.demand = _fold(conn, _FOLD_DEMAND, pool, folding.seen, folding.demand, limit)
     num_counters, folding.counters = _fold(conn, _FOLD_COUNTERS, pool, folding.seen, folding.counters, limit)
     return num_demand < limit and num_counters < limit
