@@ -46,7 +46,7 @@ class Bookkeeper:
     def look(self, conn: Connection, now: float) -> list[tuple[Queue, UUID]]:
         """Brings the books up to date, in a transaction that has written nothing. Returns what `Books.follow` does."""
         if self._books is None:
-            self._fold_due_at = now + FOLD_EVERY_S
+            self._fold_due_at = now  # nobody may have folded for long
             came = []
         else:
             came = self._books.follow(changes.read_since(conn, self._pool, self._books.horizon))

@@ -134,6 +134,7 @@ class Dispatcher:
         self._rules = Rules(look_s=settings.tick_s) if rules is None else rules
         self._clock = clock
         self._term: int | None = None
+        self._last_term: int | None = None
         self._lead_due_at = self._chores_due_at = clock()
         self._num_plans = self._num_claimed = 0
         self._oldest_batch_s = 0.0
@@ -162,7 +163,6 @@ class Dispatcher:
         try:
             if now >= self._lead_due_at:
                 self._lead()
-                self._lead_due_at = now + self._tick_s
             if self._term is None:
                 return self._tick_s
             if not self._keeper.has_begun:
@@ -206,18 +206,26 @@ class Dispatcher:
         self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
 
     def _lead(self) -> None:
+        self._lead_due_at = self._clock() + self._tick_s
         with transaction(self._engine) as conn:
             term = leaders.lead(conn, self._pool, self.id, term_s=TERM_TICKS * self._tick_s)
         if term is not None and term != self._term:
             log.info("term.began", dispatcher=self.id.hex, pool=self._pool, term=term)
-            self._begin()
+            # Terms are counted: after its own last one nobody else has led, and what was seen still holds.
+            if self._last_term is None or term > self._last_term + 1:
+                self._begin()
+            self._last_term = term
         self._term = term
         if term is None:
             self._glance = None
 
     def _write(self, write: Callable[[Connection], T]) -> T:
-        """One transaction of this term. Raises TermLost."""
-        assert self._term is not None
+        """One transaction of this term, which is prolonged where that is due. Raises TermLost."""
+        term = self._term
+        if self._clock() >= self._lead_due_at:
+            self._lead()
+        if self._term is None or self._term != term:
+            raise leaders.TermLost(f"dispatcher {self.id} lost term {term} of pool {self._pool!r}")
         with transaction(self._engine) as conn:
             leaders.hold_term(conn, self._pool, self.id, self._term)
             return write(conn)
