@@ -20,7 +20,7 @@ from medley.db.connections import allow_minutes, make_engine, transaction
 from medley.spec.ids import uuid7, uuid7s
 
 MAX_NUM_SEQS = 256
-LEASE_S = 7_200.0  # so that no lease lapses while the loader does not run
+LEASE_S = 120.0  # none lapses while the machine is busy, or before a loader has begun
 EST_TOKENS = 128  # of a job: 64 in, 32 out
 NUM_TILES, ADAPTER_TILES, ADAPTER_BYTES = 512, 14, 80_000_000
 CHUNK = 20_000
@@ -93,9 +93,8 @@ WITH wanted AS (
     UPDATE batch_lanes l SET total = l.total + w.n FROM wanted w
     WHERE l.batch_id = w.batch AND l.revision_id = w.revision
 )
-INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
-SELECT %(pool)s, revision, 1, tenant, revision, n FROM wanted ORDER BY revision
-ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued, first_id)
+SELECT %(pool)s, revision, 1, tenant, revision, n, %(first)s FROM wanted
 """
 
 
@@ -106,6 +105,7 @@ def enqueue(conn: Connection, pool: Pool, lanes: list[Lane], num_each: int) -> N
         _ENQUEUE,
         {
             "pool": pool.name,
+            "first": uuid7(),
             "est": EST_TOKENS,
             "tenants": [lane.tenant for lane in lanes],
             "revisions": [lane.revision for lane in lanes],
@@ -123,6 +123,20 @@ def fill(work: Engine, pool: Pool, num_jobs: int) -> None:
         with transaction(work) as conn:
             enqueue(conn, pool, pool.lanes, min(each, at_once))
         each -= at_once
+
+
+def revive(work: Engine, pool: str) -> None:
+    """New leases for all workers: nobody renewed them while no loader ran."""
+    with transaction(work) as conn:
+        conn.execute(
+            text("UPDATE workers SET lease_until = clock_timestamp() + make_interval(secs => :s) WHERE pool = :pool"),
+            {"s": LEASE_S, "pool": pool},
+        )
+
+
+def num_living(conn: Connection, pool: str) -> int:
+    statement = text("SELECT count(*) FROM workers WHERE pool = :pool AND state <> 'gone'")
+    return int(conn.execute(statement, {"pool": pool}).scalar_one())
 
 
 def num_queued(conn: Connection, pool: str) -> int:
@@ -155,6 +169,14 @@ UPDATE jobs j SET state = 'leased', attempt = 1, leased_at = clock_timestamp(),
     worker_id = (%(workers)b::uuid[])[1 + k %% %(num_workers)s]
 FROM picked p WHERE j.id = p.id
 """
+_AGE_DEMAND = """
+INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
+SELECT pool, lane, priority, tenant_id, revision_id, -%(each)s FROM demand WHERE pool = %(pool)s
+"""
+_AGE_COUNTERS = """
+INSERT INTO counter_changes (pool, tenant_id, service)
+SELECT pool, tenant_id, 0 FROM tenant_counters, generate_series(1, %(each)s) WHERE pool = %(pool)s
+"""
 
 
 def age(work: Engine, pool: Pool, num_jobs: int) -> None:
@@ -170,17 +192,11 @@ def age(work: Engine, pool: Pool, num_jobs: int) -> None:
             conn.exec_driver_sql(
                 _AGE, {"pool": pool.name, "each": each, "workers": holders, "num_workers": len(holders)}
             )
-            conn.execute(
-                text("UPDATE demand SET num_queued = num_queued - :each WHERE pool = :pool"),
-                {"pool": pool.name, "each": each},
-            )
+            conn.exec_driver_sql(_AGE_DEMAND, {"pool": pool.name, "each": each})
             conn.execute(text("UPDATE workers SET lease_until = lease_until WHERE pool = :pool"), {"pool": pool.name})
         # Each completion by a worker corrects the counters of the tenants in it, which is next to one a job.
-        for _ in range(each * len(pool.lanes) // num_tenants):
-            with transaction(work) as conn:
-                conn.execute(
-                    text("UPDATE tenant_counters SET service = service WHERE pool = :pool"), {"pool": pool.name}
-                )
+        with transaction(work) as conn:
+            conn.exec_driver_sql(_AGE_COUNTERS, {"pool": pool.name, "each": each * len(pool.lanes) // num_tenants})
         end_leased(work, pool.name)
 
 
@@ -191,11 +207,10 @@ WITH claimed AS (
     UPDATE jobs j SET state = 'leased', worker_id = %(worker)s, attempt = attempt + 1, leased_at = clock_timestamp()
     WHERE j.id = ANY(ARRAY(SELECT id FROM jobs WHERE pool = %(pool)s AND state = 'queued' AND NOT is_held
         ORDER BY lane, priority DESC, id LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
-    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id
+    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id, j.revision_id
 ), counted AS (
-    UPDATE demand d SET num_queued = d.num_queued - c.n
-    FROM (SELECT lane, priority, count(*) AS n FROM claimed GROUP BY 1, 2) c
-    WHERE d.pool = %(pool)s AND d.lane = c.lane AND d.priority = c.priority
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT %(pool)s, lane, priority, tenant_id, revision_id, -count(*) FROM claimed GROUP BY 2, 3, 4, 5
 )
 SELECT id, attempt, lane, tenant_id FROM claimed
 """
@@ -207,11 +222,10 @@ WITH claimed AS (
         SELECT j.id FROM jobs j
         WHERE j.pool = %(pool)s AND j.lane = w.lane AND j.state = 'queued' AND NOT j.is_held
         ORDER BY j.priority DESC, j.id LIMIT %(each)s FOR UPDATE SKIP LOCKED) q))
-    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id
+    RETURNING j.id, j.attempt, j.lane, j.priority, j.tenant_id, j.revision_id
 ), counted AS (
-    UPDATE demand d SET num_queued = d.num_queued - c.n
-    FROM (SELECT lane, priority, count(*) AS n FROM claimed GROUP BY 1, 2) c
-    WHERE d.pool = %(pool)s AND d.lane = c.lane AND d.priority = c.priority
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
+    SELECT %(pool)s, lane, priority, tenant_id, revision_id, -count(*) FROM claimed GROUP BY 2, 3, 4, 5
 )
 SELECT id, attempt, lane, tenant_id FROM claimed
 """

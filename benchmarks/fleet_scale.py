@@ -3,7 +3,7 @@
 PostgreSQL (fsync on), Redis and the dispatcher's process are real; workers are rows that a loader process renews and
 whose jobs it ends. The same is measured with 10,000 jobs queued, and both again while another session holds a snapshot
 open over as many claims and ends as ten minutes bring: dead rows that nobody may remove (`--snapshot-s 600` waits
-the ten minutes out, with the fleet running). Jobs a core-second are jobs over the processor time of the dispatcher's
+the ten minutes out, with both fleets running). Jobs a core-second are jobs over the processor time of the dispatcher's
 process and of its PostgreSQL session together, from whatever else the machine does apart.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from benchmarks.fleet_rows import (
     fill,
     make_pool,
     make_tenants,
+    num_living,
     num_queued,
+    revive,
 )
 from medley.db.connections import allow_minutes, make_engine, transaction
 from medley.db.migrate import upgrade
@@ -92,6 +94,7 @@ def measure(
 ) -> dict[str, Any]:
     """What the dispatcher assigns on its own, on a fleet that has room, while it works and ends."""
     url = servers.database_url("medley_work")
+    revive(work, pool.name)
     with loader(url, pool, keep_queued, rate), dispatcher(servers, pool.name, servers.data.path / "d.log") as process:
         _await_claims(work, pool.name)
         time.sleep(warm_up)
@@ -103,6 +106,7 @@ def measure(
         with transaction(work) as conn:
             queued = num_queued(conn, pool.name)
         rss, peak = memory_mib(process.pid)
+    _check_living(work, pool)
     with transaction(work) as conn:
         allow_minutes(conn)
         window = {"pool": pool.name, "since": since, "until": until}
@@ -125,6 +129,33 @@ def measure(
         "rss_mib": rss,
         "peak_rss_mib": peak,
     }
+
+
+def run_on(servers: EmbeddedServers, work: Engine, pools: list[Pool], keep: dict[str, int], o: dict[str, Any]) -> None:
+    """All of `pools` at work for as long as the snapshot is to age, each with a fleet and a dispatcher of its own."""
+    url = servers.database_url("medley_work")
+    since = _now(work)
+    with ExitStack() as running:
+        for pool in pools:
+            revive(work, pool.name)
+            running.enter_context(loader(url, pool, keep[pool.name], o["complete_jobs_s"]))
+            running.enter_context(dispatcher(servers, pool.name, servers.data.path / "d.log"))
+        time.sleep(o["snapshot_s"])
+    counted = text("SELECT count(*) FROM jobs WHERE pool = :pool AND finished_at >= :since AND state = 'succeeded'")
+    for pool in pools:
+        _check_living(work, pool)
+        with transaction(work) as conn:
+            allow_minutes(conn)
+            ended = conn.execute(counted, {"pool": pool.name, "since": since}).scalar_one()
+        record.say(f"{pool.name}: {ended} jobs ended while the snapshot aged for {o['snapshot_s']:.0f} s")
+        o.setdefault("aged", {})[pool.name] = int(ended)
+        end_leased(work, pool.name)
+
+
+def _check_living(work: Engine, pool: Pool) -> None:
+    with transaction(work) as conn:
+        if num_living(conn, pool.name) < len(pool.workers):
+            raise RuntimeError(f"leases lapsed in pool {pool.name}: this machine is too busy to measure on")
 
 
 def _await_claims(work: Engine, pool: str) -> None:
@@ -175,7 +206,7 @@ def snapshot(url: str) -> Iterator[None]:
 @click.option("--rounds", default=2, show_default=True, help="Of each, taking turns.")
 @click.option("--complete-jobs-s", default=2_000.0, show_default=True, help="Jobs that the fleet ends a second.")
 @click.option("--aged-jobs", default=1_200_000, show_default=True, help="Claimed and ended while the snapshot is open.")
-@click.option("--snapshot-s", default=0.0, show_default=True, help="Ages it for real: the fleet runs so long instead.")
+@click.option("--snapshot-s", default=0.0, show_default=True, help="Ages it for real: both fleets run so long instead.")
 @click.option("--only", default="", help="One of small, large: one measurement, to be profiled; writes nothing.")
 def main(only: str, **options: Any) -> None:
     """Measure the dispatcher at scale, and write the result."""
@@ -228,13 +259,11 @@ def _run(servers: EmbeddedServers, only: str, **o: Any) -> None:
     floor(False)
     _write(rows, o)  # should the long part fail, this much is there
     with snapshot(url):
-        for name in sizes:
-            began = time.monotonic()
-            if o["snapshot_s"]:
-                measure(servers, work, pools[name], keep_queued=sizes[name], **timing | {"seconds": o["snapshot_s"]})
-            else:
+        if o["snapshot_s"]:
+            run_on(servers, work, [pools[name] for name in sizes], sizes, o)
+        else:
+            for name in sizes:
                 age(work, pools[name], o["aged_jobs"])
-            record.say(f"{name}: the snapshot aged for {time.monotonic() - began:.0f} s")
         for _ in range(o["rounds"]):
             for name in sizes:
                 one(name, True)

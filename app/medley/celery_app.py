@@ -8,19 +8,21 @@ would say is found in PostgreSQL within the next.
 from __future__ import annotations
 
 import warnings
-from base64 import b64encode
+from collections.abc import Iterable
+from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
-from uuid import UUID, uuid4
+from uuid import UUID
 
-import msgspec
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import WorkController
+from kombu.utils.uuid import uuid
 
 TASKS_QUEUE = "tasks"
 
 # A publisher waits this long for a dead or frozen Redis, in each of connecting and sending.
 PUBLISH_TIMEOUT_S = 0.5
+MAX_AT_ONCE = 200  # messages of one round trip
 # A consumer's read: above kombu's BRPOP of one second, so that an idle queue is no error.
 CONSUME_TIMEOUT_S = 5.0
 
@@ -30,52 +32,34 @@ def worker_queue(worker: UUID) -> str:
     return f"gpu.{worker.hex}"
 
 
-_encode = msgspec.json.Encoder().encode
-_EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-_HEADERS: dict[str, object] = {
-    "lang": "py",
-    "shadow": None,
-    "eta": None,
-    "expires": None,
-    "group": None,
-    "group_index": None,
-    "retries": 0,
-    "timelimit": (None, None),
-    "parent_id": None,
-    "argsrepr": "(...)",
-    "kwargsrepr": "{}",
-    "origin": "medley",
-    "ignore_result": None,
-    "replaced_task_nesting": 0,
-    "stamped_headers": None,
-    "stamps": {},
-}
+class Call(NamedTuple):
+    """A task to be run: its name, its arguments, and the queue that it goes to."""
+
+    name: str
+    args: tuple[str | tuple[str, ...], ...]
+    queue: str
 
 
-def task_message(name: str, args: tuple[str | tuple[str, ...], ...], queue: str) -> bytes:
-    """A call of task `name` as Celery's protocol 2 lies in a Redis list of that name: to be pushed at its left.
+def send_calls(app: Celery, calls: Iterable[Call], *, at_once: int = MAX_AT_ONCE) -> None:
+    """Sends tasks, `at_once` in a round trip. Raises kombu's or redis's error; some may have gone out then.
 
-    Celery's own `send_task` declares the queue with each message, which costs 0.7 ms of processor time where a
-    thousand workers have a queue each; a test holds the two alike.
+    Celery makes the messages and kombu puts them in their queues. The queues are not declared, as the default
+    exchange leads to each by its name: that took 0.2 ms of 0.25 a message, where a thousand workers have one each.
     """
-    id_ = str(uuid4())
-    return _encode(
-        {
-            "body": b64encode(_encode((args, {}, _EMBED))).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {"task": name, "id": id_, "root_id": id_, **_HEADERS},
-            "properties": {
-                "correlation_id": id_,
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": queue},
-                "priority": 0,
-                "body_encoding": "base64",
-                "delivery_tag": id_,
-            },
-        }
-    )
+    with app.producer_pool.acquire(block=True) as producer, producer.batch(max_size=at_once):
+        for call in calls:
+            # Arguments are ids; their text would only be made to be cut off.
+            message = app.amqp.as_task_v2(
+                uuid(), call.name, call.args, {}, argsrepr="(...)", kwargsrepr="{}", ignore_result=True
+            )
+            producer.publish(
+                message.body,
+                exchange="",
+                routing_key=call.queue,
+                serializer="json",
+                headers=message.headers,
+                **message.properties,
+            )
 
 
 def make_celery(redis_url: str, *, consumes: bool = False) -> Celery:

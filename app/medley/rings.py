@@ -16,11 +16,12 @@ from uuid import UUID
 
 import redis
 import structlog
+from kombu.exceptions import KombuError
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
-from medley.celery_app import TASKS_QUEUE, task_message, worker_queue
+from medley.celery_app import MAX_AT_ONCE, TASKS_QUEUE, Call, make_celery, send_calls, worker_queue
 
 DONE_CHANNEL = "medley:done"  # message: hex of a batch in which results were stored
 CANCEL_TASK = "medley.cancel"
@@ -33,7 +34,6 @@ RUN_JOBS_TASK = "medley.run_jobs"
 SOCKET_TIMEOUT_S = 1.0
 # What waits for a Redis that does not answer; beyond it rings are dropped, as they would be anyway.
 MAX_PENDING = 10_000
-MAX_AT_ONCE = 200  # in one round trip
 
 log = structlog.get_logger()
 
@@ -49,19 +49,13 @@ class _Ring:
     message: str
 
 
-@dataclass(frozen=True)
-class _Task:
-    name: str
-    args: tuple[str | tuple[str, ...], ...]
-    queue: str
-
-
 class Ringer:
     """Sends rings and Celery task messages from one background thread; equal ones that wait are sent once."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis = connect(redis_url)
-        self._pending: dict[_Ring | _Task, None] = {}
+        self._celery = make_celery(redis_url)
+        self._pending: dict[_Ring | Call, None] = {}
         self._changed = threading.Condition()
         self._is_closed = False
         self._was_down = False
@@ -78,7 +72,7 @@ class Ringer:
 
     def send_task(self, name: str, *args: str | tuple[str, ...], queue: str = TASKS_QUEUE) -> None:
         """Sends a Celery message soon, or never: its due time in PostgreSQL sends it again."""
-        self._put(_Task(name, args, queue))
+        self._put(Call(name, args, queue))
 
     def tell_worker(self, worker: UUID) -> None:
         """Has a worker look at its row and renew its lease soon: a message without ids is about the row."""
@@ -92,8 +86,10 @@ class Ringer:
         self._thread.join(timeout=3 * SOCKET_TIMEOUT_S)
         with contextlib.suppress(redis.RedisError, OSError):
             self._redis.close()
+        with contextlib.suppress(KombuError, OSError):
+            self._celery.close()
 
-    def _put(self, item: _Ring | _Task) -> None:
+    def _put(self, item: _Ring | Call) -> None:
         with self._changed:
             if len(self._pending) < MAX_PENDING:
                 self._pending[item] = None
@@ -109,11 +105,12 @@ class Ringer:
                     return
             self._send(items)
 
-    def _send(self, items: list[_Ring | _Task]) -> None:
+    def _send(self, items: list[_Ring | Call]) -> None:
         try:
-            for start in range(0, len(items), MAX_AT_ONCE):
-                self._push(items[start : start + MAX_AT_ONCE])
-        except (redis.RedisError, OSError) as error:
+            self._publish([item for item in items if isinstance(item, _Ring)])
+            if calls := [item for item in items if isinstance(item, Call)]:
+                send_calls(self._celery, calls)
+        except Exception as error:  # kombu lets some through that are neither its own nor the network's
             # One line an outage: every request rings.
             if not self._was_down:
                 log.warning("ring.lost", num_lost=len(items), error=type(error).__name__)
@@ -121,14 +118,12 @@ class Ringer:
         else:
             self._was_down = False
 
-    def _push(self, items: list[_Ring | _Task]) -> None:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for item in items:
-                if isinstance(item, _Ring):
-                    pipe.publish(item.channel, item.message)
-                else:
-                    pipe.lpush(item.queue, task_message(item.name, item.args, item.queue))
-            pipe.execute()
+    def _publish(self, rings: list[_Ring]) -> None:
+        for start in range(0, len(rings), MAX_AT_ONCE):
+            with self._redis.pipeline(transaction=False) as pipe:
+                for ring in rings[start : start + MAX_AT_ONCE]:
+                    pipe.publish(ring.channel, ring.message)
+                pipe.execute()
 
 
 class Bell:

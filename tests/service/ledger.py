@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Connection, Row, text
 
 from medley.config import Quotas
-from medley.db import adapters, batches, cancels, demand, ends, flags, queue, quotas, tenants, workers
+from medley.db import adapters, batches, cancels, changes, ends, flags, queue, quotas, tenants, workers
 from medley.db.connections import make_engine, tenant_transaction, transaction
 from medley.db.new_jobs import JobColumns, NewJob, append_jobs
 from medley.spec.errors import JobError
@@ -54,7 +54,8 @@ class Ledger:
 
     def __init__(self, database: Any, *, num_connections: int = 2) -> None:
         self.pool = f"pool{next(_numbers)}"
-        self.work = make_engine(database.url("medley_work"), name="test", pool_size=num_connections)
+        self.work_url: str = database.url("medley_work")
+        self.work = make_engine(self.work_url, name="test", pool_size=num_connections)
         self.api = make_engine(database.url("medley_api"), name="test", pool_size=num_connections)
         self._owner = make_engine(database.url("medley_owner"), name="test", pool_size=1)
         self.weights: dict[UUID, float] = {}
@@ -195,10 +196,17 @@ class Ledger:
         return min((row for row in self.jobs().values() if row.batch_id == batch), key=lambda row: row.id)
 
     def demand(self) -> dict[tuple[UUID, int], int]:
-        """What the demand table says: (lane, priority) -> jobs."""
+        """What the demand says: (lane, priority) -> jobs."""
         with self.working() as conn:
             rows = conn.execute(text("SELECT * FROM demand WHERE pool = :pool"), {"pool": self.pool}).all()
         return {(row.lane, row.priority): row.num_queued for row in rows if row.num_queued}
+
+    def fold(self) -> None:
+        """Puts all changes into the sums, as the leader does now and then."""
+        with self.working() as conn:
+            seen = changes.read_whole(conn, self.pool).horizon
+        with self.working() as conn:
+            assert changes.fold(conn, self.pool, changes.Folding(seen, 0, 0))
 
     def _read_jobs(self, conn: Connection) -> dict[UUID, Row[Any]]:
         rows = conn.execute(text("SELECT * FROM jobs WHERE pool = :pool"), {"pool": self.pool})
@@ -300,7 +308,8 @@ class Held:
 
 def claim_lanes(conn: Connection, pool: str, worker: UUID, lanes: Sequence[tuple[UUID, int]]) -> list[Held]:
     """Up to n jobs of each (lane, n), of the highest priority first."""
-    waiting = sorted(demand.read_demand(conn, pool), key=lambda waits: -waits.priority)
+    statement = text("SELECT * FROM demand WHERE pool = :pool AND num_queued > 0 ORDER BY priority DESC")
+    waiting = conn.execute(statement, {"pool": pool}).all()
     wants = []
     for lane, num_jobs in lanes:
         left = num_jobs

@@ -117,7 +117,11 @@ TENANT_TABLES = [
     "checkpoints",
     "idempotency_keys",
     "demand",
+    "demand_sums",
+    "demand_changes",
     "tenant_counters",
+    "counter_sums",
+    "counter_changes",
     "crashes",
 ]
 
@@ -150,7 +154,7 @@ def test_the_database_refuses_the_apis_role_rows_of_another_tenant(api: Api) -> 
         "INSERT INTO batches (id, tenant_id, pool, total) VALUES (:id, :tenant, 'p', 1)",
         "INSERT INTO jobs (id, tenant_id, batch_id, pool, priority, est_tokens) VALUES (:id, :tenant, :id, 'p', 1, 1)",
         "INSERT INTO adapters (id, tenant_id, name) VALUES (:id, :tenant, 'x')",
-        "INSERT INTO demand (pool, lane, priority, tenant_id, num_queued) VALUES ('p', :id, 1, :tenant, 1)",
+        "INSERT INTO demand_changes (pool, lane, priority, tenant_id, num_queued) VALUES ('p', :id, 1, :tenant, 1)",
     ]
     for statement in inserts:
         for tenant in (mine, None):
@@ -175,7 +179,10 @@ def test_the_database_refuses_the_apis_role_rows_of_another_tenant(api: Api) -> 
         "DELETE FROM audit_log",
         "DELETE FROM jobs",
         "UPDATE job_results SET text = ''",
-        "UPDATE tenant_counters SET service = 0",
+        "UPDATE counter_sums SET service = 0",
+        "INSERT INTO counter_changes (pool, tenant_id, service) SELECT 'p', id, -1 FROM tenants",
+        "UPDATE demand_sums SET num_queued = 0",
+        "DELETE FROM demand_changes",
         "SET ROLE medley_work",
         "ALTER TABLE jobs DISABLE ROW LEVEL SECURITY",
     ],

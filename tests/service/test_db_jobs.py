@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from ledger import Ledger, columns, reserve, result
 from sqlalchemy import text
 
-from medley.db import batches, crashes, flags, retries, sweep_parts, sweeps, workers
+from medley.db import batches, crashes, demand, flags, retries, sweep_parts, sweeps, workers
 from medley.db.connections import tenant_transaction
 from medley.db.ends import End, end_unclaimed
 from medley.db.inputs import fetch_inputs
@@ -337,7 +337,7 @@ def test_a_near_deadline_raises_queued_jobs_to_the_top(ledger: Ledger) -> None:
     ledger.check()
 
 
-def test_a_submit_in_parts_locks_demand_only_at_its_end(ledger: Ledger) -> None:
+def test_a_submit_in_parts_locks_nothing_of_the_demand(ledger: Ledger) -> None:
     tenant = ledger.add_tenant()
     ledger.submit(tenant, [None])
     batch = batches.NewBatch(uuid7(), tenant, ledger.pool)
@@ -345,9 +345,11 @@ def test_a_submit_in_parts_locks_demand_only_at_its_end(ledger: Ledger) -> None:
         batches.open_batch(conn, batch)
         for _ in range(3):
             append_columns(conn, batch, columns([None] * 2))
-        with ledger.working() as other:
-            other.execute(text("SELECT FROM demand WHERE pool = :pool FOR UPDATE NOWAIT"), {"pool": ledger.pool})
         add_batch_demand(conn, batch, [Lane(None, None, 6)])
+        with ledger.working() as other:
+            other.execute(text("SET LOCAL lock_timeout = 1"))
+            change = demand.Change(tenant, batches.NORMAL, tenant, None, 1)
+            demand.add_demand(other, ledger.pool, [change, change._replace(num_queued=-1)])
         batches.close_batch(conn, batch.id, 6)
         reserve(conn, batch, 6)
     assert ledger.demand() == {(tenant, batches.NORMAL): 7}

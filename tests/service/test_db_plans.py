@@ -29,10 +29,11 @@ def test_a_full_queue_is_claimed_from_and_looked_at_by_index(ledger: Ledger, lan
     wants = [queue.Want(w, lane, batches.NORMAL, 3) for lane in lanes for w in holders[::3]]
     claim = queue._parameters(ledger.pool, wants, {})
     at_stake = {"jobs": [], "limit": 1}
+    due = {"pool": ledger.pool, "tenants": [], "revisions": [], "lapsed_since": 0.0}
     with ledger.working() as conn:
         plans = [
             conn.exec_driver_sql("EXPLAIN " + queue._CLAIM, claim).scalars().all(),
-            conn.execute(text("EXPLAIN " + chores._DUE.text), {"pool": ledger.pool}).scalars().all(),
+            conn.execute(text("EXPLAIN " + chores._DUE.text), due).scalars().all(),
             conn.execute(text("EXPLAIN " + crashes._AT_STAKE.text), at_stake).scalars().all(),
         ]
     for plan in plans:

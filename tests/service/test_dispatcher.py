@@ -36,8 +36,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.step_s = 0.0
 
     def __call__(self) -> float:
+        self.now += self.step_s
         return self.now
 
 
@@ -68,6 +70,14 @@ class Stage:
         """A turn after a whole tick has passed."""
         self.clock.now += self.settings.tick_s
         return dispatcher.tick()
+
+    @property
+    def own(self) -> dict[str, str]:
+        return {"pool": self.ledger.pool}
+
+    def end_term(self) -> None:
+        with self.ledger.working() as conn:
+            conn.execute(text("UPDATE leaders SET until = clock_timestamp() WHERE pool = :pool"), self.own)
 
     def messages(self, worker: UUID, task: str = "medley.run_jobs") -> list[list[str]]:
         """The ids of each message of a task that waits in the worker's queue, oldest first."""
@@ -230,12 +240,58 @@ def test_what_was_resumed_before_the_place_where_claims_look_is_found(stage: Sta
     dispatcher = stage.dispatcher()
     dispatcher.tick()
     stage.ledger.flag(tenant, paused, "resume")
+    first = True
     for _ in range(8):
         held = [(row.id, row.attempt) for row in stage.ledger.jobs().values() if row.worker_id == worker]
         stage.ledger.complete(worker, held)
         stage.tick(dispatcher)
+        if first:
+            resumed = [row.state for row in stage.ledger.jobs().values() if row.batch_id == paused]
+            assert resumed == ["leased"] * 2, "they are the oldest of their lane"
+            first = False
     assert set(stage.states()) == {"succeeded"}
     stage.ledger.check()
+
+
+def test_a_leader_whose_term_ran_out_goes_on_with_what_it_knew_unless_another_has_led(stage: Stage) -> None:
+    """A machine that is too busy for a term must not make a leader begin anew each time: it would never get further."""
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.start_worker(max_num_seqs=2)
+    stage.ledger.submit(tenant, [None] * 8)
+    first, second = stage.dispatcher(), stage.dispatcher()
+    stage.tick(first)
+    known = first._keeper
+    stage.end_term()
+    stage.tick(first)
+    assert first.term == 2
+    assert first._keeper is known
+    stage.end_term()
+    stage.tick(second)
+    assert second.term == 3
+    stage.tick(first)
+    assert first.term is None
+    second.resign()
+    stage.tick(first)
+    assert first.term == 4
+    assert first._keeper is not known
+    stage.ledger.check()
+
+
+def test_a_term_is_prolonged_within_a_turn_that_takes_longer_than_a_tick(stage: Stage) -> None:
+    tenant = stage.ledger.add_tenant()
+    stage.ledger.submit(tenant, [None])
+    dispatcher = stage.dispatcher()
+    stage.tick(dispatcher)
+    stage.clock.step_s = stage.settings.tick_s  # each look at the clock is a tick later
+    with stage.ledger.working() as conn:
+        conn.execute(
+            text("UPDATE leaders SET until = clock_timestamp() + interval '1 s' WHERE pool = :pool"), stage.own
+        )
+    dispatcher._write(lambda _: None)
+    with stage.ledger.working() as conn:
+        left = text("SELECT until > clock_timestamp() + interval '30 s' FROM leaders WHERE pool = :pool")
+        assert conn.execute(left, stage.own).scalar_one()
+    assert dispatcher.term == 1
 
 
 def test_only_one_leads_and_a_standby_follows_a_resignation_at_once(stage: Stage) -> None:

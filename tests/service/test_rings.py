@@ -7,10 +7,12 @@ import threading
 import time
 from base64 import b64decode
 
+import celery.worker.state
 import pytest
 import redis
+from waiting import wait_until
 
-from medley.celery_app import make_celery, task_message
+from medley.celery_app import Call, make_celery, make_worker, send_calls
 from medley.local.embedded import EmbeddedServers
 from medley.rings import Bell, Ringer, pool_channel
 
@@ -52,24 +54,45 @@ def test_a_task_message_reaches_the_celery_queue_once(redis_url: str) -> None:
         assert client.llen("tasks") == 1
 
 
-def _shape(value: object) -> object:
-    """What kinds of values stand where, beside ids that differ from message to message."""
-    if isinstance(value, dict):
-        return {key: _shape(inner) for key, inner in value.items()}
-    return [_shape(inner) for inner in value] if isinstance(value, list) else type(value)
+def test_a_worker_of_celerys_own_runs_each_call_once_from_the_queue_that_it_was_sent_to(redis_url: str) -> None:
+    """Queues that nobody declared, more calls than go out at once, and all kinds of arguments that we send."""
+    ran: list[tuple[object, ...]] = []
+    app = make_celery(redis_url, consumes=True)
+
+    @app.task(name="medley.tell", shared=False)
+    def tell(*args: object) -> None:
+        ran.append(args)
+
+    worker = make_worker(app, "gpu.here", concurrency=1)
+    thread = threading.Thread(target=worker.start, daemon=True)
+    sent = [(f"{n:032x}", (f"{n:032x}",) * (n % 3)) for n in range(450)]
+    ringer = Ringer(redis_url)
+    try:
+        for args in sent:
+            ringer.send_task("medley.tell", *args, queue="gpu.here")
+        ringer.send_task("medley.tell", "elsewhere", queue="gpu.there")
+        ringer.close()
+        thread.start()
+        wait_until(lambda: len(ran) >= len(sent))
+        assert sorted(ran) == sorted((first, list(rest)) for first, rest in sent)
+        with redis.Redis.from_url(redis_url) as client:
+            assert client.llen("gpu.here") == 0
+            assert client.llen("gpu.there") == 1
+    finally:
+        ringer.close()
+        worker.stop()
+        celery.worker.state.should_stop = None
 
 
-def test_a_task_message_is_what_celery_itself_would_have_sent(redis_url: str) -> None:
-    queue, args = "gpu.somewhere", ("one", ("a", "b"))
-    make_celery(redis_url).send_task("medley.run_jobs", args=list(args), queue=queue)
+def test_messages_are_json_of_protocol_2_and_name_no_arguments_beside_the_body(redis_url: str) -> None:
+    send_calls(make_celery(redis_url), [Call("medley.run_jobs", (("secret",),), "gpu.somewhere")])
     with redis.Redis.from_url(redis_url) as client:
-        theirs = json.loads(client.lpop(queue))
-    ours = json.loads(task_message("medley.run_jobs", args, queue))
-    assert _shape(ours) == _shape(theirs)
-    assert ours["headers"]["task"] == theirs["headers"]["task"]
-    assert ours["headers"]["id"] == ours["properties"]["correlation_id"]
-    assert ours["properties"]["delivery_info"] == theirs["properties"]["delivery_info"]
-    assert json.loads(b64decode(ours["body"])) == json.loads(b64decode(theirs["body"]))
+        raw = client.lpop("gpu.somewhere")
+    message = json.loads(raw)
+    assert message["content-type"] == "application/json"
+    assert message["headers"]["task"] == "medley.run_jobs"
+    assert json.loads(b64decode(message["body"]))[:2] == [[["secret"]], {}]
+    assert b"secret" not in raw
 
 
 def test_ringing_a_dead_redis_neither_blocks_nor_raises_and_works_again_after_it(embedded: EmbeddedServers) -> None:
@@ -81,6 +104,7 @@ def test_ringing_a_dead_redis_neither_blocks_nor_raises_and_works_again_after_it
         started = time.monotonic()
         for n in range(1000):
             ringer.ring(pool_channel("p"), str(n))
+            ringer.send_task("medley.lost", str(n), queue="lost")
         assert time.monotonic() - started < 0.5
         assert not bell.wait_for_ring(0.2)
     finally:
@@ -96,5 +120,8 @@ def test_ringing_a_dead_redis_neither_blocks_nor_raises_and_works_again_after_it
         heard.wait(0.1)
     thread.join()
     assert heard.is_set()
+    ringer.send_task("medley.expand", "00" * 16)
+    with redis.Redis.from_url(embedded.redis_url) as client:
+        wait_until(lambda: client.llen("tasks") == 1)
     ringer.close()
     bell.close()

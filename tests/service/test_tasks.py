@@ -205,6 +205,7 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger, tmp_path
         )
     ledger.submit(tenant, [None])
     ledger.flag(tenant, ledger.submit(tenant, [ledger.add_revision(tenant, "own")]), "cancel")
+    ledger.fold()
     (tmp_path / "tmp" / "cut").mkdir(parents=True)
     os.utime(tmp_path / "tmp" / "cut", (0, 0))
     maintain(ledger.work, Store.open(str(tmp_path)))
@@ -216,7 +217,7 @@ def test_maintenance_forgets_the_old_and_keeps_the_rest(ledger: Ledger, tmp_path
         assert list(conn.execute(ages, {"id": tenant}).scalars()) == [29]
         kept = conn.execute(text("SELECT id FROM workers WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
         assert list(kept) == [recent]
-        lanes = conn.execute(text("SELECT lane FROM demand WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
+        lanes = conn.execute(text("SELECT lane FROM demand_sums WHERE pool = :pool"), {"pool": ledger.pool}).scalars()
         assert list(lanes) == [tenant]
     ledger.check()
 

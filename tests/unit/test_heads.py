@@ -37,6 +37,14 @@ def test_a_lane_is_looked_at_from_its_beginning_now_and_then_however_often_it_is
     assert heads.starts([QUEUE], 2 * LOOK_AGAIN_S) == {}
 
 
+def test_a_lane_is_looked_at_from_its_beginning_where_jobs_came_before_its_head_not_behind() -> None:
+    heads = Heads()
+    for queue in (QUEUE, OTHER):
+        heads.see(queue, uid(7), is_whole=True, started=False, now=0.0)
+    heads.see_come([(QUEUE, uid(6)), (OTHER, uid(8)), ((uid(5), 1), uid(1))])
+    assert heads.starts([QUEUE, OTHER], 1.0) == {OTHER: uid(7)}
+
+
 def test_heads_of_lanes_with_returned_jobs_and_of_empty_lanes_are_forgotten() -> None:
     heads = Heads()
     for queue in (QUEUE, OTHER):

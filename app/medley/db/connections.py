@@ -93,6 +93,12 @@ def plan_anew(conn: Connection) -> None:
     conn.execute(text("SET LOCAL plan_cache_mode = auto"))
 
 
+def plan_each(conn: Connection) -> None:
+    """Has each statement of the rest of this transaction planned when it runs, for tables whose size varies: a plan
+    that was made while one was small would read the whole of it for as long as the session lasts."""
+    conn.execute(text("SET LOCAL plan_cache_mode = force_custom_plan"))
+
+
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction, committed at the end of the block and rolled back by an exception."""

@@ -1,4 +1,7 @@
-"""The tenants' counters as the dispatcher reads and lifts them; `medley.db.demand.charge` adds to them."""
+"""The tenants' counters as the dispatcher lifts them, and the weights that they are charged by.
+
+`medley.db.demand.charge` adds to them, `medley.db.changes` reads them.
+"""
 
 from __future__ import annotations
 
@@ -7,70 +10,53 @@ from dataclasses import dataclass
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection, text
-
-
-class Account(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One tenant in one pool: tokens of service received over its weight, and whether its jobs were waiting."""
-
-    tenant: UUID
-    service: float
-    weight: float
-    is_backlogged: bool
+from sqlalchemy import Connection
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A tenant's new standing: its counter is raised to `floor` at the least."""
+    """A tenant's new standing: its counter is raised by `raised`."""
 
     tenant: UUID
-    floor: float
+    raised: float
     is_backlogged: bool
 
 
-_READ = """
-SELECT coalesce(json_agg(json_build_array(t.id, coalesce(c.service, 0), t.weight, coalesce(c.is_backlogged, false))),
-    '[]')::text
-FROM tenants t LEFT JOIN tenant_counters c ON c.pool = %(pool)s AND c.tenant_id = t.id
-WHERE t.id = ANY(%(tenants)b::uuid[]) OR t.id IN (
-    SELECT b.tenant_id FROM tenant_counters b WHERE b.pool = %(pool)s AND b.is_backlogged)
+_READ_WEIGHTS = (
+    "SELECT coalesce(json_agg(json_build_array(id, weight)), '[]')::text FROM tenants WHERE id = ANY(%(ids)b::uuid[])"
+)
+_weights_decoder = msgspec.json.Decoder(list[tuple[UUID, float]])
+
+
+def read_weights(conn: Connection, tenants: Iterable[UUID]) -> dict[UUID, float]:
+    """The weights of those of `tenants` that are there."""
+    document = conn.exec_driver_sql(_READ_WEIGHTS, {"ids": list(tenants)}).scalar_one()
+    return dict(_weights_decoder.decode(document))
+
+
+# What is raised is a change like any other: whoever follows them reads it.
+_WRITE = """
+WITH r AS (
+    SELECT r.* FROM unnest(%(tenants)b::uuid[], %(raised)b::float8[], %(flags)b::bool[]) AS r(tenant, raised, flag)
+    JOIN tenants t ON t.id = r.tenant
+), raised AS (
+    INSERT INTO counter_changes (pool, tenant_id, service) SELECT %(pool)s, tenant, raised FROM r WHERE raised <> 0
+)
+INSERT INTO counter_sums AS c (pool, tenant_id, is_backlogged) SELECT %(pool)s, tenant, flag FROM r ORDER BY tenant
+ON CONFLICT (pool, tenant_id) DO UPDATE SET is_backlogged = excluded.is_backlogged
 """
-_accounts_decoder = msgspec.json.Decoder(list[Account])
-
-
-def read_accounts(conn: Connection, pool: str, tenants: Iterable[UUID]) -> list[Account]:
-    """The accounts of `tenants` (zeros for one that is new) and of all that were last seen backlogged."""
-    document = conn.exec_driver_sql(_READ, {"pool": pool, "tenants": list(tenants)}).scalar_one()
-    return _accounts_decoder.decode(document)
-
-
-def read_top_service(conn: Connection, pool: str) -> float:
-    """The most service any tenant of the pool has received."""
-    top: float = conn.execute(
-        text("SELECT coalesce(max(service), 0) FROM tenant_counters WHERE pool = :pool"), {"pool": pool}
-    ).scalar_one()
-    return top
 
 
 def write_standings(conn: Connection, pool: str, standings: Sequence[Standing]) -> None:
-    """Lifts counters and notes who is backlogged, in tenant order; who is gone is left out.
-
-    The caller holds its term.
-    """
+    """Lifts counters and notes who is backlogged; who is gone is left out. The caller holds its term."""
     if not standings:
         return
-    ordered = sorted(standings, key=lambda s: s.tenant.bytes)
     conn.exec_driver_sql(
-        "INSERT INTO tenant_counters AS c (pool, tenant_id, service, is_backlogged)"
-        " SELECT %(pool)s, r.tenant, r.floor, r.flag FROM"
-        "  unnest(%(tenants)b::uuid[], %(floors)b::float8[], %(flags)b::bool[]) AS r(tenant, floor, flag)"
-        "  JOIN tenants t ON t.id = r.tenant ORDER BY r.tenant"
-        " ON CONFLICT (pool, tenant_id) DO UPDATE SET service = greatest(c.service, excluded.service),"
-        "  is_backlogged = excluded.is_backlogged",
+        _WRITE,
         {
             "pool": pool,
-            "tenants": [s.tenant for s in ordered],
-            "floors": [float(s.floor) for s in ordered],
-            "flags": [s.is_backlogged for s in ordered],
+            "tenants": [s.tenant for s in standings],
+            "raised": [float(s.raised) for s in standings],
+            "flags": [s.is_backlogged for s in standings],
         },
     )

@@ -162,7 +162,7 @@ _USE = """, used AS (
     INSERT INTO usage AS u (tenant_id, day, revision_id, num_jobs, prompt_tokens, completion_tokens)
     SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, revision_id, count(*), sum(prompt_tokens),
         sum(completion_tokens)
-    FROM r WHERE (SELECT count(*) FROM charged) >= 0 GROUP BY tenant_id, day, revision_id
+    FROM r GROUP BY tenant_id, day, revision_id
     ORDER BY tenant_id, day, revision_id
     ON CONFLICT (tenant_id, day, revision_id) DO UPDATE SET num_jobs = u.num_jobs + excluded.num_jobs,
         prompt_tokens = u.prompt_tokens + excluded.prompt_tokens,
@@ -214,11 +214,10 @@ WITH given AS (
 ), """
     + _STORE_DETAILED
     + """, charged AS (
-    INSERT INTO tenant_counters AS c (pool, tenant_id, service)
+    INSERT INTO counter_changes (pool, tenant_id, service)
     SELECT u.pool, t.id, u.tokens / t.weight FROM (
         SELECT pool, tenant_id, sum(prompt_tokens + 2 * completion_tokens - est_tokens) AS tokens FROM r GROUP BY 1, 2
-    ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY u.pool, t.id
-    ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service RETURNING 1
+    ) u JOIN tenants t ON t.id = u.tenant_id
 )"""
     + _USE
     + _GIVE_BACK.format(after="used")
@@ -294,12 +293,11 @@ WITH left_queue AS (
 ), """
     + _STORE_PLAIN
     + """, undemanded AS (
-    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
     SELECT pool, lane, priority, tenant_id, revision_id, -count(*) FROM r WHERE NOT is_held
-    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued RETURNING 1
+    GROUP BY pool, lane, priority, tenant_id, revision_id
 )"""
-    + _GIVE_BACK.format(after="undemanded")
+    + _GIVE_BACK.format(after="numbered")
     + """SELECT count(*) FROM numbered
 """
 )

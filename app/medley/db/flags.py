@@ -43,10 +43,11 @@ WITH held AS (
         AND j.state = 'queued' AND j.is_held <> %(held)s
     RETURNING j.pool, j.lane, j.priority, j.tenant_id, j.revision_id
 )
-INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
-SELECT pool, lane, priority, tenant_id, revision_id, count(*) * %(sign)s FROM held
-GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued, first_id)
+SELECT pool, lane, priority, tenant_id, revision_id, count(*) * %(sign)s,
+    CASE WHEN %(held)s THEN NULL ELSE %(batch)s::uuid END
+FROM held
+GROUP BY pool, lane, priority, tenant_id, revision_id
 """
 
 
@@ -73,13 +74,12 @@ def _set_paused(conn: Connection, batch: UUID, paused_at: str, *, held: bool) ->
 
 # The demand follows jobs that have `moved` from one priority (`was`) to another.
 _MOVE_DEMAND = """changes AS (
-    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n FROM moved
-    UNION ALL SELECT pool, lane, priority, tenant_id, revision_id, 1 FROM moved
+    SELECT pool, lane, was AS priority, tenant_id, revision_id, -1 AS n, NULL::uuid AS id FROM moved
+    UNION ALL SELECT pool, lane, priority, tenant_id, revision_id, 1, id FROM moved
 ), demanded AS (
-    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
-    SELECT pool, lane, priority, tenant_id, revision_id, sum(n) FROM changes
-    GROUP BY pool, lane, priority, tenant_id, revision_id ORDER BY pool, lane, priority
-    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued, first_id)
+    SELECT pool, lane, priority, tenant_id, revision_id, sum(n), min(id::text)::uuid FROM changes
+    GROUP BY pool, lane, priority, tenant_id, revision_id
 )"""
 
 # Jobs that a near deadline has raised are put in their place too, and raised again where it is still near.
@@ -92,7 +92,7 @@ WITH was AS (
     FOR UPDATE
 ), changed AS (
     UPDATE jobs j SET priority = %(priority)s, deadline_at = %(deadline_at)s FROM was WHERE j.id = was.id
-    RETURNING j.pool, j.lane, was.priority AS was, j.priority, was.state, j.tenant_id, j.revision_id, j.is_held
+    RETURNING j.id, j.pool, j.lane, was.priority AS was, j.priority, was.state, j.tenant_id, j.revision_id, j.is_held
 ), moved AS (
     SELECT * FROM changed WHERE state = 'queued' AND NOT is_held AND was <> priority
 ), {_MOVE_DEMAND}
@@ -173,7 +173,7 @@ WITH near AS (
     LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), raised AS (
     UPDATE jobs j SET priority = %(high)s FROM near WHERE j.id = near.id
-    RETURNING j.pool, j.lane, near.priority AS was, j.priority, j.tenant_id, j.revision_id, j.is_held
+    RETURNING j.id, j.pool, j.lane, near.priority AS was, j.priority, j.tenant_id, j.revision_id, j.is_held
 ), moved AS (
     SELECT * FROM raised WHERE NOT is_held
 ), {_MOVE_DEMAND}

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from medley.db.batches import NewBatch
-from medley.db.demand import add_demand, array_literal, lane_of
+from medley.db.demand import Change, add_demand, array_literal, lane_of
 from medley.db.lanes import Lane, add_lanes
 from medley.spec.ids import oldest_after, uuid7s
 from medley.spec.sampling import SEED_LIMIT
@@ -171,21 +171,22 @@ def append_columns(
 
 
 def add_batch_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
-    """Adds jobs to the batch's lanes and to the demand, whose rows stay locked until the commit: call it last."""
+    """Adds jobs to the batch's lanes and to the demand."""
     add_lanes(conn, batch.id, batch.tenant, lanes)
     add_lane_demand(conn, batch, lanes)
 
 
 def add_lane_demand(conn: Connection, batch: NewBatch, lanes: Sequence[Lane]) -> None:
-    """Adds jobs that the batch's lanes have counted already to the demand, as the last of a transaction's writes."""
+    """Adds jobs that the batch's lanes have counted already to the demand."""
     shared = _shared(conn, batch.tenant, (lane.revision for lane in lanes))
     changes = [
-        (
+        Change(
             lane_of(batch.tenant, lane.revision, is_shared=lane.revision in shared),
             batch.priority,
             batch.tenant,
             lane.revision,
             lane.num_jobs,
+            first=batch.id,
         )
         for lane in lanes
     ]

@@ -12,10 +12,10 @@ from itertools import accumulate
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from medley.db.batches import lock_batches
-from medley.db.demand import add_demand, array_literal, charge
+from medley.db.demand import Change, add_demand, array_literal, charge
 from medley.db.ends import End, end_unclaimed, finite, storable_details
 from medley.spec.jobs import Checkpoint, JobState
 
@@ -45,7 +45,6 @@ class Claimed:
 # would read the whole table to find them (measured: 0.2 s for 900 of 600,000); and how many workers live: it takes
 # them for one, and would compare each job with all (30 us a job over 286 workers). `starts`: where in a lane to
 # begin, so that what was claimed before and is kept for somebody's snapshot is not read again (`dispatcher.heads`).
-# Counters before demand, as everywhere.
 _CLAIM = """
 WITH living AS MATERIALIZED (
     SELECT ARRAY(SELECT w.id FROM unnest(%(workers)b::uuid[]) WITH ORDINALITY AS o(id, ord)
@@ -74,17 +73,14 @@ WITH living AS MATERIALIZED (
         json_agg(json_build_array(encode(uuid_send(id), 'hex'), attempt) ORDER BY id) AS jobs
     FROM claimed GROUP BY taker, tenant_id, lane, priority, revision_id
 ), charged AS (
-    INSERT INTO tenant_counters AS c (pool, tenant_id, service)
+    INSERT INTO counter_changes (pool, tenant_id, service)
     SELECT %(pool)s, t.id, u.tokens / t.weight FROM (
         SELECT tenant_id, sum(est_tokens + (%(load_tokens)b::float8[])[taker]) AS tokens FROM given GROUP BY tenant_id
-    ) u JOIN tenants t ON t.id = u.tenant_id ORDER BY t.id
-    ON CONFLICT (pool, tenant_id) DO UPDATE SET service = c.service + excluded.service RETURNING 1
+    ) u JOIN tenants t ON t.id = u.tenant_id
 ), undemanded AS (
-    INSERT INTO demand AS d (pool, lane, priority, tenant_id, revision_id, num_queued)
+    INSERT INTO demand_changes (pool, lane, priority, tenant_id, revision_id, num_queued)
     SELECT %(pool)s, lane, priority, tenant_id, revision_id, -sum(n)::int4 FROM given
-    WHERE (SELECT count(*) FROM charged) >= 0
-    GROUP BY lane, priority, tenant_id, revision_id ORDER BY lane, priority
-    ON CONFLICT (pool, lane, priority) DO UPDATE SET num_queued = d.num_queued + excluded.num_queued
+    GROUP BY lane, priority, tenant_id, revision_id
 )
 SELECT coalesce(json_agg(json_build_array(taker, est_tokens, jobs)), '[]')::text FROM given
 """
@@ -121,16 +117,6 @@ def _parameters(pool: str, wants: Sequence[Want], starts: Mapping[tuple[UUID, in
         "firsts": list(accumulate(counts[:-1], initial=0)) if counts else [],
         "takers": [place for places in takers.values() for place in places],
     }
-
-
-_RETURNED = text(
-    "SELECT DISTINCT lane, priority FROM jobs WHERE pool = :pool AND state = 'queued' AND NOT is_held AND attempt > 0"
-)
-
-
-def read_returned(conn: Connection, pool: str) -> set[tuple[UUID, int]]:
-    """(lane, priority) in which jobs wait that a worker had before: they come first, having the lowest ids."""
-    return {(row.lane, row.priority) for row in conn.execute(_RETURNED, {"pool": pool})}
 
 
 @dataclass(frozen=True)
@@ -212,7 +198,7 @@ def requeue(conn: Connection, holdings: Sequence[Holding]) -> set[UUID]:
     """`leased -> queued` for jobs that their workers still hold, or on to their end where one is due.
 
     Refunds the estimate that the claim charged. Returns the ids that left their worker. One call a transaction:
-    a second would lock batches after counters.
+    a second would lock batches out of order.
     """
     if not holdings:
         return set()
@@ -223,13 +209,13 @@ def requeue(conn: Connection, holdings: Sequence[Holding]) -> set[UUID]:
     for pool in {row.pool for row in rows}:
         here = [row for row in rows if row.pool == pool]
         refund: Counter[UUID] = Counter()
-        back: Counter[tuple[UUID, int, UUID, UUID | None]] = Counter()
+        back: dict[tuple[UUID, int, UUID, UUID | None], list[UUID]] = defaultdict(list)
         for row in here:
             refund[row.tenant_id] -= row.est_tokens
             if not row.is_held:
-                back[(row.lane, row.priority, row.tenant_id, row.revision_id)] += 1
-        charge(conn, pool, dict(refund))
-        add_demand(conn, pool, [(*key, n) for key, n in back.items()])
+                back[(row.lane, row.priority, row.tenant_id, row.revision_id)].append(row.id)
+        charge(conn, pool, refund)
+        add_demand(conn, pool, [Change(*lane, len(ids), min(ids)) for lane, ids in back.items()])
     for ending in (JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED):
         due = [row.id for row in rows if row.ending == ending]
         if due:

@@ -67,8 +67,10 @@ KEPT = {
     "job_results": "in partitions",
     "checkpoints": "of unfinished jobs alone; go with the job's end",
     "idempotency_keys": "a day",
-    "demand": "of waiting jobs alone",
-    "tenant_counters": "one number a pool",
+    "demand_sums": "of waiting jobs alone",
+    "demand_changes": "until the leader sums them up, half a minute later",
+    "counter_sums": "one number a pool",
+    "counter_changes": "until the leader sums them up, half a minute later",
     "crashes": "30 days",
 }
 

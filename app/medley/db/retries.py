@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, text
 
 from medley.db.batches import TenantClosing, lock_batches
 from medley.db.connections import allow_minutes
-from medley.db.demand import add_demand
+from medley.db.demand import Change, add_demand
 from medley.db.openai_batches import reopen
 from medley.spec.ids import oldest_after, uuid7s
 from medley.spec.jobs import JobState
@@ -139,8 +139,10 @@ def retry(conn: Connection, batch: UUID, wanted: Wanted) -> Retried:
         num_bytes += int(made[0].num_bytes)
     num_file_bytes = reopen(conn, batch) if lanes and row.openai_state is not None else 0
     if row.paused_at is None:
-        # Its rows stay locked until the commit, so it comes last.
-        changes = [(lane, row.priority, row.tenant_id, revision, num) for (lane, revision), num in lanes.items()]
+        changes = [
+            Change(lane, row.priority, row.tenant_id, revision, num, first=batch)
+            for (lane, revision), num in lanes.items()
+        ]
         add_demand(conn, row.pool, changes)
     return Retried(lanes.total(), num_bytes, num_file_bytes)
 

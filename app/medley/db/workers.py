@@ -174,10 +174,12 @@ class Stand(msgspec.Struct, frozen=True, array_like=True, gc=False):
     max_num_seqs: int
     num_tiles: int
     num_leased: int
-    leased_since: float  # none of its jobs was leased before: Unix time of the database, rounded down
+    leased_since: float  # none of its jobs was leased before: Unix time of the database
     unchanged_s: float
     stats: dict[str, Any]
 
+
+CLOCK_MARGIN_S = 2.0  # by less than this a clock that was set back makes no job older than what is read
 
 # Jobs that were leased and have ended stay in the index for as long as anybody's snapshot is older: what is known to
 # have ended is not read again.
@@ -185,15 +187,17 @@ _SINCE = """
     workers w LEFT JOIN unnest(%(workers)b::uuid[], %(since)b::float8[]) AS s(id, since) ON s.id = w.id
     CROSS JOIN LATERAL to_timestamp(coalesce(s.since, 0)) AS oldest(leased_at)
 """
+# Each renewal leaves a version of the row behind, whose lease ends sooner: most have lapsed and are not read.
+_LIVING = "WHERE w.pool = %(pool)s AND w.state <> 'gone' AND w.lease_until > statement_timestamp()"
 _READ_STANDS = f"""
 SELECT coalesce(json_agg(json_build_array(w.id, w.host, w.pid, w.state, w.desired_state,
     w.held_state, w.max_num_seqs, w.num_tiles, h.num_leased,
-    extract(epoch FROM coalesce(h.leased_at, statement_timestamp()))::float8 - 0.001,
+    extract(epoch FROM coalesce(h.leased_at, statement_timestamp()))::float8 - {CLOCK_MARGIN_S},
     extract(epoch FROM clock_timestamp() - w.changed_at)::float8, w.stats) ORDER BY w.id), '[]')::text
 FROM {_SINCE} CROSS JOIN LATERAL (
     SELECT count(*) AS num_leased, min(j.leased_at) AS leased_at FROM jobs j
     WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
-WHERE w.pool = %(pool)s AND w.state <> 'gone'
+{_LIVING}
 """
 _stands_decoder = msgspec.json.Decoder(list[Stand])
 
@@ -208,23 +212,23 @@ def _since(leased_since: Mapping[UUID, float]) -> dict[str, object]:
     return {"workers": list(leased_since), "since": list(leased_since.values())}
 
 
-_READ_HOMES = text(
+_READ_RESIDENT = (
     "SELECT coalesce(json_agg(json_build_array(lane, worker)), '[]')::text FROM ("
-    " SELECT unnest(resident) AS lane, id AS worker FROM workers WHERE pool = :pool AND state <> 'gone') h"
+    f" SELECT unnest(w.resident) AS lane, w.id AS worker FROM workers w {_LIVING}) h"
 )
 _READ_LEASED = f"""
 SELECT coalesce(json_agg(json_build_array(h.lane, w.id)), '[]')::text
 FROM {_SINCE} CROSS JOIN LATERAL (
     SELECT DISTINCT j.lane FROM jobs j
     WHERE j.worker_id = w.id AND j.state = 'leased' AND j.leased_at >= oldest.leased_at) h
-WHERE w.pool = %(pool)s AND w.state <> 'gone'
+{_LIVING}
 """
 _pairs_decoder = msgspec.json.Decoder(list[tuple[UUID, UUID]])
 
 
 def read_resident(conn: Connection, pool: str) -> list[tuple[UUID, UUID]]:
     """(adapter revision, worker) of what living workers have in device memory."""
-    return _pairs_decoder.decode(conn.execute(_READ_HOMES, {"pool": pool}).scalar_one())
+    return _pairs_decoder.decode(conn.exec_driver_sql(_READ_RESIDENT, {"pool": pool}).scalar_one())
 
 
 def read_leased_lanes(conn: Connection, pool: str, leased_since: Mapping[UUID, float]) -> list[tuple[UUID, UUID]]:

@@ -2,8 +2,8 @@
 
 Rows that were claimed stay in the queue's index for as long as anybody's snapshot is older, and a claim that begins at
 a lane's head reads all of them again. A head is a guess about rows, and never the truth: jobs may come to stand before
-it, so it is forgotten where jobs were given back, where less was found than was wanted, and now and then. It knows
-no SQL and reads no clock.
+it (given back, resumed, moved from another priority, of a transaction that took long), so it is forgotten where such
+came, where less was found than was wanted, and now and then. It knows no SQL and reads no clock.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from uuid import UUID
 
 Queue = tuple[UUID, int]  # lane and priority
 
-# A job that came to stand before a head unseen (resumed, of another priority before, or of a transaction that took
-# long to commit) waits this much longer at the most, and no longer than its lane has others.
-LOOK_AGAIN_S = 20.0
+# A job that a claim passed over since another transaction held it, and then changed nothing, waits up to twice as much
+# longer, and no longer than its lane has others.
+LOOK_AGAIN_S = 120.0
 
 
 class Heads:
@@ -37,6 +37,10 @@ class Heads:
         if not started:
             # Spread, so that not all lanes are looked at from the beginning in one plan.
             self._due_at[queue] = now + LOOK_AGAIN_S * (1 + queue[0].int % 64 / 64)
+
+    def see_come(self, came: Iterable[tuple[Queue, UUID]]) -> None:
+        """Takes note of lanes to which jobs came, each with an id that none of them is below."""
+        self.forget([queue for queue, first in came if (head := self._heads.get(queue)) is not None and first < head])
 
     def forget(self, queues: Collection[Queue]) -> None:
         for queue in queues:

@@ -7,6 +7,7 @@ thread of its own: workers find their rows without it.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -21,15 +22,16 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import adapters, chores, counters, demand, flags, grants, leaders, queue, sweeps, webhooks, workers
+from medley.db import adapters, changes, chores, counters, flags, grants, leaders, queue, sweeps, webhooks, workers
 from medley.db import forecasts as forecasts_db
 from medley.db.batches import HIGH
-from medley.db.connections import make_engine, transaction
+from medley.db.connections import make_engine, plan_each, transaction
 from medley.db.workers import WorkerState
+from medley.dispatcher.bookkeeper import Bookkeeper
 from medley.dispatcher.forecasts import OpenBatch, forecast, judge
 from medley.dispatcher.glance import Glance
 from medley.dispatcher.heads import Heads, Queue
-from medley.dispatcher.planner import AdapterSize, Planner, Stands, Waits, rows_that_fit
+from medley.dispatcher.planner import AdapterSize, Planner, Stands, rows_that_fit
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
 from medley.dispatcher.watchers import watchers
@@ -42,10 +44,10 @@ EXPECT_TASK = "medley.expect"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
 TERM_TICKS = 3  # a leader that misses this many ticks is succeeded
+CLOCK_MARGIN_S = 1.0  # by less than this the database's clock may be set back unnoticed
 CHORE_S = 0.5  # of a long chore in one tick: it outlasts no term, and plans go on beside it
 FORECAST_EVERY_S = 5.0
 KEEP_FORECASTS_S = 60.0  # that are not made anew: of batches that have finished, or while nobody leads
-RECOUNT_S = 60.0
 MAX_SIZES = 100_000  # of adapter revisions that are remembered
 MAINTAIN_EVERY_S = 60.0
 MIN_TURN_S = 0.02  # rings that come faster are one
@@ -132,6 +134,7 @@ class Dispatcher:
         self._rules = Rules(look_s=settings.tick_s) if rules is None else rules
         self._clock = clock
         self._term: int | None = None
+        self._last_term: int | None = None
         self._lead_due_at = self._chores_due_at = clock()
         self._num_plans = self._num_claimed = 0
         self._oldest_batch_s = 0.0
@@ -160,9 +163,10 @@ class Dispatcher:
         try:
             if now >= self._lead_due_at:
                 self._lead()
-                self._lead_due_at = now + self._tick_s
             if self._term is None:
                 return self._tick_s
+            if not self._keeper.has_begun:
+                self._begin_books(now)
             if now >= self._chores_due_at:
                 self._do_chores()
                 self._chores_due_at = now + self._tick_s
@@ -188,7 +192,10 @@ class Dispatcher:
         """Forgets what was seen: another may have led since."""
         now = self._clock()
         self._planner = Planner(self._rules)
+        self._keeper = Bookkeeper(self._pool)
         self._heads = Heads()
+        self._clock_ahead_s = -math.inf  # the database's, of ours, at the most so far
+        self._lapsed_since = 0.0  # leases that lapsed before are marked; Unix time of the database
         self._leased_since: dict[UUID, float] = {}  # worker: no job that it holds was leased before
         self._hinted: dict[UUID, list[UUID]] = {}
         self._chores_due_at = now
@@ -196,31 +203,48 @@ class Dispatcher:
         self._forecast_due_at = now
         self._homes_due_at = now
         self._hints_due_at = now
-        self._recount_due_at = now
         self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
 
     def _lead(self) -> None:
+        self._lead_due_at = self._clock() + self._tick_s
         with transaction(self._engine) as conn:
             term = leaders.lead(conn, self._pool, self.id, term_s=TERM_TICKS * self._tick_s)
         if term is not None and term != self._term:
             log.info("term.began", dispatcher=self.id.hex, pool=self._pool, term=term)
-            self._begin()
+            # Terms are counted: after its own last one nobody else has led, and what was seen still holds.
+            if self._last_term is None or term > self._last_term + 1:
+                self._begin()
+            self._last_term = term
         self._term = term
         if term is None:
             self._glance = None
 
     def _write(self, write: Callable[[Connection], T]) -> T:
-        """One transaction of this term. Raises TermLost."""
-        assert self._term is not None
+        """One transaction of this term, which is prolonged where that is due. Raises TermLost."""
+        term = self._term
+        if self._clock() >= self._lead_due_at:
+            self._lead()
+        if self._term is None or self._term != term:
+            raise leaders.TermLost(f"dispatcher {self.id} lost term {term} of pool {self._pool!r}")
         with transaction(self._engine) as conn:
             leaders.hold_term(conn, self._pool, self.id, self._term)
             return write(conn)
 
+    def _begin_books(self, now: float) -> None:
+        self._write(lambda conn: changes.adopt(conn, self._pool))
+        with transaction(self._engine) as conn:
+            plan_each(conn)
+            self._keeper.look(conn, now)
+
     def _do_chores(self) -> None:
         with transaction(self._engine) as conn:
-            due = chores.read_due(conn, self._pool)
+            plan_each(conn)
+            due = chores.read_due(conn, self._pool, self._keeper.books.shared(), self._lapsed_since)
+        self._see_clock(due.at_s)
         if due.mark_gone:
             self._chore("mark_gone", self._mark_gone)
+        else:
+            self._lapsed_since = due.at_s - CLOCK_MARGIN_S
         if due.mark_gone or due.reclaim:
             self._chore("reclaim", self._reclaim)
         if due.expire:
@@ -233,6 +257,7 @@ class Dispatcher:
             self._chore("expand", self._ring_expansions)
         if due.deliver:
             self._chore("deliver", self._ring_deliveries)
+        self._chore("fold", self._fold)
         if self._clock() >= self._maintain_due_at:
             self._ringer.send_task(MAINTAIN_TASK)
             self._maintain_due_at = self._clock() + MAINTAIN_EVERY_S
@@ -256,6 +281,10 @@ class Dispatcher:
             log.info("jobs.reclaimed", num_jobs=num_jobs)
             if self._clock() >= until:
                 return
+
+    def _fold(self) -> None:
+        until = self._clock() + CHORE_S
+        self._keeper.fold(self._write, self._clock(), lambda: self._clock() < until)
 
     def _expire(self) -> None:
         until = self._clock() + CHORE_S
@@ -327,25 +356,26 @@ class Dispatcher:
 
     def _plan(self, now: float) -> Plan:
         with transaction(self._engine) as conn:
-            lanes = demand.read_demand(conn, self._pool)
-            self._see_queues(lanes, queue.read_returned(conn, self._pool))
-            rows = self._read_stands(conn, now)
-            self._see_sizes(conn, {lane.revision for lane in lanes if lane.revision is not None})
+            plan_each(conn)
+            self._heads.see_come(self._keeper.look(conn, now))
+            books = self._keeper.books
+            waits = books.waiting()
+            self._heads.keep_only({(lane.lane, lane.priority) for lane in waits})
+            rows = self._read_stands(conn)
+            self._see_sizes(conn, {lane.revision for lane in waits if lane.revision is not None})
             if now >= self._homes_due_at:
                 began = time.monotonic()
                 self._planner.see_homes(
                     workers.read_resident(conn, self._pool),
                     workers.read_leased_lanes(conn, self._pool, self._leased_since),
                 )
-                # Where much is leased, no more of the time than a twentieth.
-                self._homes_due_at = now + max(self._tick_s, 20 * (time.monotonic() - began))
-            waiting = {lane.tenant for lane in lanes}
-            accounts = counters.read_accounts(conn, self._pool, waiting)
-            waited = any(account.is_backlogged for account in accounts)
-            top_service = 0.0 if waited or not lanes else counters.read_top_service(conn, self._pool)
+                # Where much is leased, no more of the time than a fiftieth.
+                self._homes_due_at = now + max(self._tick_s, 50 * (time.monotonic() - began))
+            waiting = {lane.tenant for lane in waits}
+            accounts = self._keeper.accounts(conn, waiting, now)
         stands = [_stands(row) for row in rows]
         self._jobs_per_s = self._planner.fleet_jobs_per_s(stands)
-        waits = [Waits(lane.lane, lane.tenant, lane.revision, lane.priority, lane.num_queued) for lane in lanes]
+        top_service = 0.0 if books.backlogged or not waits else books.top_service()
         plan = self._planner.plan(waits, self._lift(accounts, waiting, top_service, now), stands, now)
         self._num_plans += 1
         assert self._term is not None
@@ -363,16 +393,15 @@ class Dispatcher:
         )
         return plan
 
-    def _see_queues(self, lanes: Sequence[demand.Lane], returned: set[Queue]) -> None:
-        self._heads.keep_only({(lane.lane, lane.priority) for lane in lanes})
-        self._heads.forget(returned)
+    def _see_clock(self, at_s: float) -> None:
+        """What workers hold is counted from their oldest job on: anew where the database's clock was set back."""
+        ahead_s = at_s - self._clock()
+        if ahead_s < self._clock_ahead_s - CLOCK_MARGIN_S:
+            log.warning("clock.set_back", seconds=round(self._clock_ahead_s - ahead_s, 3))
+            self._leased_since, self._clock_ahead_s = {}, ahead_s
+        self._clock_ahead_s = max(self._clock_ahead_s, ahead_s)
 
-    def _read_stands(self, conn: Connection, now: float) -> list[workers.Stand]:
-        """How workers stand; what they hold is counted from their oldest job on, and now and then from the beginning,
-        should the database's clock have been set back."""
-        if now >= self._recount_due_at:
-            self._leased_since = {}
-            self._recount_due_at = now + RECOUNT_S
+    def _read_stands(self, conn: Connection) -> list[workers.Stand]:
         stands = workers.read_stands(conn, self._pool, self._leased_since)
         self._leased_since = {stand.id: stand.leased_since for stand in stands}
         return stands
@@ -386,17 +415,18 @@ class Dispatcher:
             for row in adapters.read_sizes(conn, unknown):
                 sizes[row.id] = AdapterSize(row.num_tiles, row.size_bytes)
 
-    def _lift(
-        self, accounts: Sequence[counters.Account], waiting: set[UUID], top_service: float, now: float
-    ) -> list[Tenant]:
+    def _lift(self, accounts: Sequence[Tenant], waiting: set[UUID], top_service: float, now: float) -> list[Tenant]:
         """The tenants as they stand for this plan; writes who came back from idle and who went."""
-        tenants = [Tenant(a.tenant, a.service, a.weight, a.is_backlogged) for a in accounts]
-        lifted = self._planner.lift(tenants, waiting, top_service, now)
-        service = {tenant.id: tenant.service for tenant in tenants}
-        standings = [counters.Standing(tenant, floor, is_backlogged=True) for tenant, floor in lifted.raised.items()]
-        standings += [counters.Standing(tenant, service[tenant], is_backlogged=False) for tenant in lifted.satisfied]
+        lifted = self._planner.lift(accounts, waiting, top_service, now)
+        service = {account.id: account.service for account in accounts}
+        standings = [
+            counters.Standing(tenant, floor - service[tenant], is_backlogged=True)
+            for tenant, floor in lifted.raised.items()
+        ]
+        standings += [counters.Standing(tenant, 0.0, is_backlogged=False) for tenant in lifted.satisfied]
         if standings:
             self._write(lambda conn: counters.write_standings(conn, self._pool, standings))
+            self._keeper.books.see_standings(lifted.raised.keys(), lifted.satisfied)
         return lifted.tenants
 
     def _desire(self, desires: dict[UUID, Phase]) -> None:

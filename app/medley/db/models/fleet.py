@@ -1,4 +1,6 @@
-"""The fleet: what waits for it, what it has done for whom, its workers, what operators did to them, its leaders."""
+"""The fleet: what waits for it and what it has done for whom (as sums and changes), its workers, what operators did to
+them, its leaders.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from sqlalchemy.dialects.postgresql import JSONB, UUID
 
 from medley.db.models.base import AT, NOW, count, id_column, metadata, tenant_id
 
-demand = Table(
-    "demand",
+_XACT = text("((pg_current_xact_id())::text)::bigint")
+
+demand_sums = Table(
+    "demand_sums",
     metadata,
     Column("pool", Text, primary_key=True),
     Column("lane", UUID, primary_key=True),
@@ -32,13 +36,37 @@ demand = Table(
     Column("num_queued", Integer, nullable=False),
 )
 
-tenant_counters = Table(
-    "tenant_counters",
+demand_changes = Table(
+    "demand_changes",
+    metadata,
+    Column("xact", BigInteger, nullable=False, server_default=_XACT),
+    Column("pool", Text, nullable=False),
+    Column("lane", UUID, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    tenant_id(references=False),
+    Column("revision_id", UUID),
+    Column("num_queued", Integer, nullable=False),
+    Column("first_id", UUID),
+    Index("demand_changes_xact", "pool", "xact"),
+)
+
+counter_sums = Table(
+    "counter_sums",
     metadata,
     Column("pool", Text, primary_key=True),
     Column("tenant_id", UUID, ForeignKey("tenants.id"), primary_key=True),
     Column("service", Double, nullable=False, server_default=text("0")),
     Column("is_backlogged", Boolean, nullable=False, server_default=text("false")),
+)
+
+counter_changes = Table(
+    "counter_changes",
+    metadata,
+    Column("xact", BigInteger, nullable=False, server_default=_XACT),
+    Column("pool", Text, nullable=False),
+    tenant_id(references=False),
+    Column("service", Double, nullable=False),
+    Index("counter_changes_xact", "pool", "xact"),
 )
 
 workers = Table(
@@ -63,7 +91,8 @@ workers = Table(
     Column("held_state", Text),
     Column("held_by", Text),
     Column("held_at", AT),
-    Index("workers_pool", "pool", postgresql_where=text("state <> 'gone'")),
+    Index("workers_living", "pool", "lease_until", postgresql_where=text("state <> 'gone'")),
+    Index("workers_gone", "pool", postgresql_where=text("state = 'gone'")),
 )
 
 worker_batches = Table(

@@ -60,13 +60,6 @@ jobs = Table(
         postgresql_where=text("state = 'queued' AND NOT is_held"),
     ),
     Index("jobs_leased", "worker_id", "leased_at", postgresql_where=text("state = 'leased'")),
-    Index(
-        "jobs_returned",
-        "pool",
-        "lane",
-        "priority",
-        postgresql_where=text("state = 'queued' AND NOT is_held AND attempt > 0"),
-    ),
     Index("jobs_deadline", "deadline_at", postgresql_where=text("state = 'queued' AND deadline_at IS NOT NULL")),
 )
 
