@@ -251,7 +251,7 @@ def test_a_request_whose_adapter_does_not_fit_now_does_not_hold_up_the_line() ->
     assert set(rig.outputs) == {1, wide.request_id, small.request_id}
 
 
-def test_a_request_that_is_skipped_often_is_passed_no_more() -> None:
+def test_for_a_request_that_is_skipped_often_an_adapter_leaves() -> None:
     rig = Rig(rows=2, tiles=4, pages=30, budget=40)
     rig.make(2, 3, adapter=3)
     wide = rig.make(2, 1, adapter=4)
@@ -262,6 +262,27 @@ def test_a_request_that_is_skipped_often_is_passed_no_more() -> None:
         rig.step()
         num_before = len(rig.outputs)
     assert num_before <= 8
+
+
+def test_while_one_adapter_leaves_the_others_go_on() -> None:
+    rig = Rig(rows=4, tiles=4, pages=60, budget=40)
+    others = [rig.make(2, 3, adapter=1), rig.make(2, 3, adapter=2)]
+    waiting = rig.make(2, 1, adapter=3)
+    others += [rig.make(2, 3 + i % 3, adapter=1 + i % 2) for i in range(80)]
+    entered: dict[str, int] = {}
+    num_due = 0  # steps since it was skipped too often; in the first of them it is found out
+    while waiting.request_id not in rig.outputs:
+        num_due += waiting.num_skips >= 2 * 4
+        for sequence in rig.step().entering:
+            if num_due > 1:
+                assert sequence.adapter is not None
+                entered[sequence.adapter[1]] = entered.get(sequence.adapter[1], 0) + 1
+    assert waiting.num_skips <= 20
+    assert entered.pop("3") == 1
+    assert len(entered) == 1
+    assert sum(entered.values()) >= 2
+    rig.run()
+    assert all(sequence.request_id in rig.outputs for sequence in others)
 
 
 def test_an_adapter_that_is_still_read_is_passed_without_losing_its_turn() -> None:

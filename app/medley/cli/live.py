@@ -5,10 +5,13 @@ It knows no database: a view is what a function returns, and a look that fails i
 
 from __future__ import annotations
 
+import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import Event
+from types import FrameType
 
 import click
 import msgspec
@@ -53,32 +56,47 @@ def show(look: Callable[[], View], *, as_json: bool) -> None:
 
 def watch(look: Callable[[], View], *, as_json: bool, every_s: float) -> None:
     """A look each `every_s` seconds until Ctrl-C."""
-    try:
+    with suppress(KeyboardInterrupt), _interrupt() as interrupt:
         if sys.stdout.isatty() and not as_json:
-            _watch_terminal(look, every_s)
+            _watch_terminal(look, interrupt, every_s)
         else:
-            _watch_pipe(look, as_json, every_s)
-    except KeyboardInterrupt:
-        pass
+            _watch_pipe(look, as_json, interrupt, every_s)
 
 
-def _watch_terminal(look: Callable[[], View], every_s: float) -> None:
+@contextmanager
+def _interrupt() -> Iterator[Event]:
+    """What Ctrl-C sets, so that no library loses it in the middle of a look. A second one raises KeyboardInterrupt."""
+    interrupt = Event()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+        interrupt.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch_terminal(look: Callable[[], View], interrupt: Event, every_s: float) -> None:
     console, drawn = Console(), Group()
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            while True:
+            while not interrupt.is_set():
                 try:
                     drawn = _drawn(look())
                 except DBAPIError as error:
                     drawn = Group(Text(_away(error), style="red"))
                 live.update(drawn, refresh=True)
-                time.sleep(every_s)
+                interrupt.wait(every_s)
     finally:
         console.print(drawn)  # what was last seen stays
 
 
-def _watch_pipe(look: Callable[[], View], as_json: bool, every_s: float) -> None:
-    while True:
+def _watch_pipe(look: Callable[[], View], as_json: bool, interrupt: Event, every_s: float) -> None:
+    while not interrupt.is_set():
         try:
             view = look()
         except DBAPIError as error:
@@ -89,7 +107,7 @@ def _watch_pipe(look: Callable[[], View], as_json: bool, every_s: float) -> None
             else:
                 click.echo(_plain(view) + "\n")
         sys.stdout.flush()
-        time.sleep(every_s)
+        interrupt.wait(every_s)
 
 
 def _away(error: DBAPIError) -> str:

@@ -45,10 +45,10 @@ class StepTime(msgspec.Struct, frozen=True):
 
 
 # Llama-2-7B, bf16, adapters of rank 16 on all seven projections, on one H200: least squares of the relative error over
-# benchmarks/results/h200-step.json (largest error 1.7 %). Prompts: 2 x 6.74e9 products a token at 750 TFLOP/s, the rate
-# of large products; no measured step carries prompts.
+# the rows of benchmarks/results/h200-step.json up to a batch of 64 (largest error 2.9 %; beyond, a row costs more).
+# Prompts: 2 x 6.74e9 products a token at 750 TFLOP/s, the rate of large products; no measured step carries prompts.
 H200_7B = StepTime(
-    base_s=4.350e-3, row_s=27.20e-6, lora_s=0.858e-3, adapter_s=20.83e-6, prompt_token_s=2 * 6.74e9 / 750e12
+    base_s=4.321e-3, row_s=24.37e-6, lora_s=0.688e-3, adapter_s=21.01e-6, prompt_token_s=2 * 6.74e9 / 750e12
 )
 
 

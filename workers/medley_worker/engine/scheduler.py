@@ -67,8 +67,7 @@ class Scheduler:
         self._residency = residency
         self._max_tokens = max_tokens
         self._pace = pace
-        # Who is skipped this often, because its adapter did not fit, is passed no more: rows drain until it
-        # fits.
+        # Who is skipped this often, because its adapter did not fit, has adapters leave for it.
         self._max_skips = 2 * rows.num_rows
         self._look_ahead = 4 * rows.num_rows
         self._waiting: list[Sequence] = []  # sorted by line_key
@@ -80,6 +79,7 @@ class Scheduler:
         self._adapters: list[AdapterKey | None] = [None] * (rows.num_rows + 1)  # by index; 0 is the base
         self._adapter_rows = [0] * (rows.num_rows + 1)  # rows that use it
         self._index_of: dict[AdapterKey, int] = {}
+        self._leaving: set[AdapterKey] = set()  # their rows end, and none is added: others have waited long enough
         self._free_indices = list(range(rows.num_rows, 0, -1))
         self._upcoming: tuple[AdapterKey, ...] = ()
         self._decode_order: Rows | None = None  # kept while the same rows decode
@@ -266,6 +266,7 @@ class Scheduler:
         skipped: list[Sequence] = []
         taken: list[int] = []  # positions in the line that leave it
         is_reading = False
+        starved: AdapterKey | None = None  # the first in line that was skipped too often
         for at, sequence in enumerate(self._waiting):
             if budget == 0 or not self._has_row or at == self._look_ahead:
                 break
@@ -273,6 +274,10 @@ class Scheduler:
             # Each running row wants another page soon: leave it one, so that admission forces no preemption.
             if num_pages + rows.num_used > pages.num_free and (rows.num_used or num_pages > pages.num_free):
                 break
+            key = sequence.adapter
+            if key is not None and (key in self._leaving or (starved is not None and key not in self._index_of)):
+                skipped.append(sequence)
+                continue
             try:
                 index = self._pin(sequence)
             except Refused as refused:
@@ -284,7 +289,7 @@ class Scheduler:
                     is_reading = True  # nobody's turn is lost: it is passed until it has been read
                     continue
                 if sequence.num_skips >= self._max_skips:
-                    break
+                    starved = key
                 skipped.append(sequence)
                 continue
             for other in skipped:
@@ -297,6 +302,8 @@ class Scheduler:
             if not sequence.is_announced:
                 plan.entering.append(sequence)
             budget -= self._add_chunk(plan, row, budget)
+        if starved is not None and not self._leaving:
+            self._leaving.add(self._cheapest_to_leave())
         self._is_blocked = not taken and not is_reading
         self._is_line_new |= bool(taken)
         if taken == list(range(len(taken))):
@@ -304,6 +311,11 @@ class Scheduler:
         else:
             for at in reversed(taken):
                 del self._waiting[at]
+
+    def _cheapest_to_leave(self) -> AdapterKey:
+        """Of the adapters that rows use, one for which nobody waits, of these the one with the fewest rows."""
+        wanted = {sequence.adapter for sequence in self._waiting[: self._look_ahead]}
+        return min(self._index_of, key=lambda key: (key in wanted, self._adapter_rows[self._index_of[key]]))
 
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.adapter is None or self._residency.is_ready(sequence.adapter)
@@ -336,6 +348,7 @@ class Scheduler:
             key = self._adapters[index]
             assert key is not None
             self._adapters[index] = None
+            self._leaving.discard(key)
             del self._index_of[key]
             self._free_indices.append(index)
             self._residency.unpin(key)

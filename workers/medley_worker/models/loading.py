@@ -223,10 +223,9 @@ def _fill_randomly(places: _Places, shard: Shard, seed: int) -> None:
         elif name.endswith(".bias"):
             if is_held:
                 places[name].zero_()
-        elif is_held and places[name].shape == shape:
-            places[name].normal_(std=RANDOM_STD, generator=generator)
         else:
+            # Apart from where they go: how a tensor lies in memory decides which of its numbers is drawn when.
             whole = torch.empty(shape, dtype=places.dtype, device=places.device)
             whole.normal_(std=RANDOM_STD, generator=generator)
             if is_held:
-                places[name].copy_(whole[shard.cut(name)])
+                places[name].copy_(whole if places[name].shape == shape else whole[shard.cut(name)])
