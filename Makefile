@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Where this is set, each of the hundreds of processes that the tests start compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup check test test-gpu demo bench bench-gpu bench-fleet bench-simulate compose clean
+.PHONY: help setup check test test-slow test-gpu demo bench bench-gpu bench-fleet bench-simulate compose clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,9 +45,14 @@ check: $(STAMP) ## Formatting, lint, types, import rules.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread of torch a test process. Three of them keep two cores busy: much of the service's tests is waiting.
-test: $(STAMP) ## All tests, on three processes: make test ARGS="-k sweep"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile $(ARGS)
+# One thread of torch a test process. Four of them keep two cores busy: much of the service's tests is waiting.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile
+
+test: $(STAMP) ## All tests but the slow ones, on four processes: make test ARGS="-k sweep"
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## The tests that CI has no time for: faults over whole fleets, in ten minutes
+	$(PYTEST) -m slow $(ARGS)
 
 # Other warnings come from the libraries there, and differ from version to version.
 test-gpu: $(GPU_SETUP) ## All tests that need a GPU: make test-gpu PYTHON=python3 runs them without an environment

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 # A machine that is busy with other things may serve less in the fall than it did alone; what it did is right even so.
 OF_SPEED = "workers awake"

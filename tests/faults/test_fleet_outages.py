@@ -16,7 +16,7 @@ from stacks import LEASE_S, Service, finish, sweep_jobs
 
 from medley.client import Batch
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEED = 20261126
 ROWS = "8"

@@ -20,7 +20,7 @@ from fleets import Fleet, Member
 from sqlalchemy.exc import DBAPIError
 from stacks import finish, sweep_jobs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEED = int(os.environ.get("MEDLEY_FAULT_SEED", "20261127"))
 DURATION_S = float(os.environ.get("MEDLEY_FAULT_S", "25"))
