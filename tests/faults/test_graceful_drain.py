@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stacks import Service, finish, sweep_jobs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 SEED = 20261123
 # What workers have computed beyond what was delivered, summed over all that ever were.

@@ -44,6 +44,7 @@ def add_demo_adapter(site: Site, name: str) -> Any:
     return site.add_revision(name, seed=0, digest=digest)
 
 
+@pytest.mark.slow
 def test_the_demos_answers_are_those_of_one_process_and_a_killed_rank_costs_none(site: Site) -> None:
     names = sorted(path.name for path in ADAPTERS_DIR.iterdir())[:5]
     revisions = [None, *(add_demo_adapter(site, name) for name in names)]
