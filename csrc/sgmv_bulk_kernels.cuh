@@ -1,7 +1,8 @@
-// The kernels of sgmv_bulk.cuh: shrink and expand, which meet in a workspace.
+// The kernels of mode "bulk": shrink and expand, which meet in a workspace.
 #pragma once
 
-#include "sgmv_bulk.cuh"
+#include "sgmv_bulk_expand.cuh"
+#include "sgmv_bulk_shrink.cuh"
 
 namespace medley::bulk {
 

@@ -5,7 +5,6 @@ Started by a message, and by a look of its own, so that it needs no Redis. It kn
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -18,6 +17,7 @@ from sqlalchemy.exc import InternalError, OperationalError
 from medley.db.cancels import end_piece, read_cancelling
 from medley.db.connections import transaction
 from medley.rings import Ringer
+from medley.tasks.once import Once
 
 LOOK_S = 5.0  # between two looks, each of which goes through the pool's open batches
 
@@ -41,10 +41,9 @@ class Canceller:
         self._pool = pool
         self._on_chunk = on_chunk
         self._should_stop = should_stop
-        self._running: set[UUID] = set()
+        self._once = Once()
         # Nothing of these is queued since they were cancelled at that time: what a worker gives back ends at once.
         self._through: dict[UUID, datetime] = {}
-        self._lock = threading.Lock()
         self._look_due_at = 0.0
 
     def run(self, batch: UUID) -> bool:
@@ -53,18 +52,14 @@ class Canceller:
 
         Raises nothing of PostgreSQL's: the next look brings the batch again.
         """
-        with self._lock:
-            if batch in self._running:
+        with self._once.claim(batch) as is_free:
+            if not is_free:
                 return False
-            self._running.add(batch)
-        try:
-            return end_queue(self._engine, batch, on_piece=lambda: self._tell(batch), should_stop=self._should_stop)
-        except (OperationalError, InternalError) as error:
-            log.warning("cancel.interrupted", batch=batch.hex, error=type(error.orig).__name__)
-            return False
-        finally:
-            with self._lock:
-                self._running.discard(batch)
+            try:
+                return end_queue(self._engine, batch, on_piece=lambda: self._tell(batch), should_stop=self._should_stop)
+            except (OperationalError, InternalError) as error:
+                log.warning("cancel.interrupted", batch=batch.hex, error=type(error.orig).__name__)
+                return False
 
     def look(self) -> None:
         """Ends the queues of cancelled batches that nobody has ended; now and then, however often it is called."""

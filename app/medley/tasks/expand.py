@@ -6,7 +6,6 @@ nothing of Celery.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from sqlalchemy.exc import InternalError, OperationalError
 from medley.db import sweeps
 from medley.db.connections import transaction
 from medley.rings import Ringer, pool_channel
+from medley.tasks.once import Once
 
 CELLS_A_CHUNK = 2_000  # a transaction of some tens of milliseconds, and jobs to run after the first
 
@@ -40,8 +40,7 @@ class Expander:
         self._channel = pool_channel(pool)
         self._on_chunk = on_chunk
         self._should_stop = should_stop
-        self._running: set[UUID] = set()
-        self._lock = threading.Lock()
+        self._once = Once()
         self._last_seen: dict[UUID, int] = {}
 
     def expand(self, sweep: UUID) -> None:
@@ -49,18 +48,14 @@ class Expander:
 
         Raises nothing of PostgreSQL's: the sweep's due time brings it again.
         """
-        with self._lock:
-            if sweep in self._running:
+        with self._once.claim(sweep) as is_free:
+            if not is_free:
                 return
-            self._running.add(sweep)
-        try:
-            while not self._should_stop() and not self._expand_chunk(sweep):
-                pass
-        except (OperationalError, InternalError) as error:
-            log.warning("sweep.interrupted", sweep=sweep.hex, error=type(error.orig).__name__)
-        finally:
-            with self._lock:
-                self._running.discard(sweep)
+            try:
+                while not self._should_stop() and not self._expand_chunk(sweep):
+                    pass
+            except (OperationalError, InternalError) as error:
+                log.warning("sweep.interrupted", sweep=sweep.hex, error=type(error.orig).__name__)
 
     def look(self) -> None:
         """Expands the sweeps that have not moved since the last look."""

@@ -6,7 +6,6 @@ what a step does stands in `validate` and `finalize`.
 
 from __future__ import annotations
 
-import threading
 import traceback
 from collections.abc import Callable
 from uuid import UUID
@@ -21,6 +20,7 @@ from medley.db import openai_batches
 from medley.db.connections import transaction
 from medley.objects import StoreError
 from medley.tasks.finalize import Finalizer
+from medley.tasks.once import Once
 from medley.tasks.validate import Validator
 
 log = structlog.get_logger()
@@ -43,34 +43,29 @@ class OpenAIBatches:
         self._validator = validator
         self._finalizer = finalizer
         self._should_stop = should_stop
-        self._running: set[UUID] = set()
-        self._lock = threading.Lock()
+        self._once = Once()
 
     def run(self, batch: UUID) -> None:
         """Steps until none is due; at once where none is, the batch is unknown, or it is being run here already.
 
         Raises nothing: the due time brings the step again, and a file on which judging itself fails is refused.
         """
-        with self._lock:
-            if batch in self._running:
+        with self._once.claim(batch) as is_free:
+            if not is_free:
                 return
-            self._running.add(batch)
-        try:
-            while not self._should_stop() and self._step(batch):
-                pass
-        except (OperationalError, InternalError) as error:
-            log.warning("openai_batch.interrupted", batch=batch.hex, error=type(error.orig).__name__)
-        except (OSError, StoreError) as error:
-            log.warning("openai_batch.interrupted", batch=batch.hex, error=str(error))
-        except Exception as error:
-            # Our bug, which one tenant's file must not make everybody's: the place, since the text may hold a prompt.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{place.filename}:{place.lineno}"
-            log.error("openai_batch.crashed", batch=batch.hex, error=type(error).__name__, at=where)
-            self._refuse(batch)
-        finally:
-            with self._lock:
-                self._running.discard(batch)
+            try:
+                while not self._should_stop() and self._step(batch):
+                    pass
+            except (OperationalError, InternalError) as error:
+                log.warning("openai_batch.interrupted", batch=batch.hex, error=type(error.orig).__name__)
+            except (OSError, StoreError) as error:
+                log.warning("openai_batch.interrupted", batch=batch.hex, error=str(error))
+            except Exception as error:
+                # Our bug, which one tenant's file must not make everybody's. The place, as the text may hold a prompt.
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{place.filename}:{place.lineno}"
+                log.error("openai_batch.crashed", batch=batch.hex, error=type(error).__name__, at=where)
+                self._refuse(batch)
 
     def look(self) -> None:
         """Runs every batch of the pool that has a step due, those among them whose jobs have just ended."""
