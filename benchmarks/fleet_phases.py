@@ -20,6 +20,7 @@ from medley.db.fleet import Steer
 
 SEED = 20261122
 WAKE_S = 600.0  # for workers to wake; models are loaded and kernels may have to be built
+LOADED_S = 120.0  # for the adapters of a load to be in the workers' memory; where they have no room they never all are
 SETTLE_S = 90.0  # after the load has fallen for as long as planned: for the last to be alone awake
 LOOK_S = 0.5
 REPORT_S = 3.0  # by which workers have told of the steps before
@@ -36,14 +37,14 @@ class Bench:
     watch: Watch
     ledger: Ledger = field(default_factory=Ledger)
 
-    def saturate(self, num_workers: int, window_s: float) -> dict[str, float]:
+    def saturate(self, num_workers: int, window_s: float) -> dict[str, Any]:
         """Tokens/s of so many workers with more to do than they can: of results, and by the engines' own count."""
         setting, watch = self.setting, self.watch
         ledger = Ledger()
         sources = self._sources(setting.steady, seed=SEED + num_workers)
         with Backlog(ledger, sources, self.tenants, 6 * setting.rows * num_workers):
             wait_for("every worker to be awake", WAKE_S, lambda: watch.num_active() == num_workers)
-            time.sleep(setting.warm_s)
+            warm_s = self._warm_up()
             since = watch.now
             time.sleep(window_s)
             until = watch.now
@@ -51,10 +52,22 @@ class Bench:
         counted = sum(seen.tokens(since, until) for seen in watch.workers.values())
         return {
             "workers": num_workers,
+            "warm_up_s": round(warm_s, 1),
             "tok_s": round(ledger.tokens_per_s(since, until), 1),
             "engines_tok_s": round(counted / (until - since), 1),
             "rows_per_step": [round(seen.rows_per_step(since, until), 1) for seen in watch.workers.values()],
         }
+
+    def _warm_up(self) -> float:
+        """Until no worker that is awake has loaded an adapter for a while; how long that took."""
+        started, watch = time.monotonic(), self.watch
+        while time.monotonic() - started < LOADED_S:
+            time.sleep(LOOK_S)
+            since = watch.now - self.setting.warm_s
+            has_waited = time.monotonic() - started > self.setting.warm_s
+            if has_waited and not any(seen.loaded_since(since) for seen in watch.workers.values()):
+                break
+        return time.monotonic() - started
 
     def rise_and_fall(self, capacity_jobs_s: float, seconds: float, is_shared: bool) -> dict[str, Any]:
         """Jobs by the rates of the plan, as shares of what one worker serves. What the fleet did meanwhile."""

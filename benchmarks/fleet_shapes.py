@@ -15,8 +15,8 @@ from benchmarks.fleet_load import Lengths
 class Setting:
     """Of the fleet as a whole, unless it is said otherwise. Loads are shares of what one worker alone serves.
 
-    rows: of a worker. lengths: of the jobs that arrive; steady: of those that keep workers busy. warm_s: from workers
-    that are awake to steps as they stay, with adapters loaded. low: the low load. shared_high: the high load of workers
+    rows: of a worker. lengths: of the jobs that arrive; steady: of those that keep workers busy. warm_s: for which no
+    adapter is loaded before what they serve is measured. low: the low load. shared_high: the high load of workers
     that share what they compute with, and so serve little more together. drain_at: the share of the time at which the
     busiest worker is drained by hand, where no job is long enough to be moved otherwise.
     """
@@ -41,9 +41,9 @@ SETTINGS = {
         rows=64,
         adapters=200,
         tenants=4,
-        lengths=Lengths(prompt=(16, 96), new=(32, 192), long=(1200, 2400), long_share=0.1),
+        lengths=Lengths(prompt=(16, 96), new=(32, 192), long=(1600, 3600), long_share=0.07),
         steady=Lengths(prompt=(16, 96), new=(64, 192), long=(0, 0), long_share=0.0),
-        warm_s=10.0,
+        warm_s=5.0,
     ),
     # The others are for rehearsals: small, on any machine.
     "tiny": Setting(
@@ -78,7 +78,7 @@ def rates(setting: Setting, num_workers: int, *, is_shared: bool) -> Callable[[f
     low, high = setting.low, setting.shared_high if is_shared else 0.8 * num_workers
     if num_workers == 1:
         return lines([(0, low), (0.2, low), (0.3, 0.8), (0.45, 0.8), (0.5, 0), (0.85, 0), (0.86, low), (1, low)])
-    return lines([(0, low), (0.2, low), (0.3, high), (0.55, high), (0.65, low), (1, low)])
+    return lines([(0, low), (0.2, low), (0.3, high), (0.55, high), (0.6, low), (1, low)])
 
 
 def lines(points: Points) -> Callable[[float], float]:

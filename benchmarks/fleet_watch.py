@@ -36,6 +36,7 @@ class Seen:
 
     states: list[tuple[float, str]] = field(default_factory=list)  # (s, state), where it changed
     totals: list[tuple[float, int, int, int]] = field(default_factory=list)  # (s, steps, rows, generated tokens)
+    loads: list[tuple[float, int]] = field(default_factory=list)  # (s, adapters loaded so far), where it changed
     woken_at: float | None = None  # the word to wake, while it is waking
 
     def rows_per_step(self, since: float, until: float) -> float:
@@ -46,6 +47,10 @@ class Seen:
     def tokens(self, since: float, until: float) -> int:
         """Generated between the reports around two times."""
         return self._at(until)[2] - self._at(since)[2]
+
+    def loaded_since(self, since: float) -> bool:
+        """Whether the worker has told of loads of adapters since then."""
+        return bool(self.loads) and self.loads[-1][0] >= since
 
     def _at(self, when: float) -> tuple[int, int, int]:
         """The totals of the newest report that is not later; a report tells of up to a quarter of a lease before."""
@@ -155,6 +160,9 @@ class Watch:
         total = (row.stats.get("steps", 0), row.stats.get("rows", 0), row.stats.get("generated_tokens", 0))
         if not seen.totals or seen.totals[-1][1:] != total:
             seen.totals.append((row.now, *total))
+        num_loads = row.stats.get("adapter_loads", 0)
+        if not seen.loads or seen.loads[-1][1] != num_loads:
+            seen.loads.append((row.now, num_loads))
 
     def _count(self, conn: Connection, now: float) -> None:
         num_queued = int(conn.execute(_QUEUED).scalar_one())

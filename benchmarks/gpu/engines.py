@@ -37,11 +37,13 @@ def running_engine(
     adapter_bytes: int,
     adapter_host_bytes: int | None = None,
     tensor_parallel: int = 1,
+    batch_invariant: bool = False,
 ) -> Iterator[Engine]:
-    """An engine over a model of `shapes.CONFIGS`, bf16, its weights made on the device. Its memory is free afterwards.
+    """An engine over a model of `shapes.CONFIGS`, bf16, its weights made on the device.
 
     KV cache: as much as `max_num_seqs` sequences of `max_model_len` tokens want and the device has.
     """
+    free_memory()
     engine = Engine(
         EngineConfig(
             model_dir=str(write_config(name, folder)),
@@ -53,15 +55,20 @@ def running_engine(
             adapter_bytes=adapter_bytes,
             adapter_host_bytes=adapter_host_bytes,
             tensor_parallel=tensor_parallel,
+            batch_invariant=batch_invariant,
         )
     )
     try:
         yield engine
     finally:
         engine.close()
-        del engine
-        gc.collect()
-        torch.cuda.empty_cache()
+
+
+def free_memory() -> int:
+    """Bytes of the device that a next engine can have. Those of one before are given back once nobody holds it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 ms: the time of 200 new tokens less that of 40, over 160, for prompts of 64 tokens; median of three. The mean
 context of those steps is 184 tokens. host_ms: the engine's own time a step in which it did not wait for the device.
 graph_ms: device time of a decode step (the union of its kernels' times as the profiler has them), with
---device-time, after all rows are timed; null without. floor_ms: `floors.step_floor_s`.
+--device-time, after all rows are timed; null without. floor_ms: `floors.step_floor_s`. --batch-invariant: the same of
+engines whose results are bit-equal whatever shares a batch, in a file of its own, `step-batch-invariant.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.engines import Timed, requests_of, resident_bytes, running_engine, timed_generate
+from benchmarks.gpu.engines import Timed, free_memory, requests_of, resident_bytes, running_engine, timed_generate
 from benchmarks.gpu.floors import step_floor_s
 from benchmarks.gpu.peft_files import RANK, AdapterFiles, adapter_files
 from benchmarks.gpu.results import Figure, Row, Run, part_options
@@ -130,13 +131,12 @@ def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
 def room_for(cases: list[Case], model: BaseModel) -> tuple[int, int]:
     """(rows, resident adapters) of an engine for these cases; fewer adapters than they have where memory is short."""
     num_rows = max(case.batch for case in cases)
-    free, _ = torch.cuda.mem_get_info()
-    left = free - weight_bytes(model) - kv_bytes(model, num_rows * (MAX_MODEL_LEN + 16)) - ACTIVATION_BYTES
+    left = free_memory() - weight_bytes(model) - kv_bytes(model, num_rows * (MAX_MODEL_LEN + 16)) - ACTIVATION_BYTES
     return num_rows, max(0, min(max(len(case.counts) for case in cases), left // resident_bytes(model, 1)))
 
 
 @contextmanager
-def rows_of(name: str, cases: list[Case]) -> Iterator[tuple[ModelRows, list[Case]]]:
+def rows_of(name: str, cases: list[Case], *, batch_invariant: bool) -> Iterator[tuple[ModelRows, list[Case]]]:
     """An engine for these cases of a model, and those of them that its adapter memory is large enough for."""
     with tempfile.TemporaryDirectory() as folder:
         model = base_model(name, Path(folder))
@@ -153,18 +153,19 @@ def rows_of(name: str, cases: list[Case]) -> Iterator[tuple[ModelRows, list[Case
                 max_num_seqs=num_rows,
                 max_model_len=MAX_MODEL_LEN,
                 adapter_bytes=resident_bytes(model, num_adapters),
+                batch_invariant=batch_invariant,
             ) as engine,
         ):
             yield ModelRows(engine, model, files), fitting
 
 
-def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool) -> None:
+def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool, batch_invariant: bool) -> None:
     """All wanted rows of a model, while the budget lasts."""
     every = [Case(name, batch, lora) for batch, lora in itertools.product(BATCHES, LORAS)]
     cases = [case for case in every if case.is_wanted(figure) or (device_time and case.lacks_device_time(figure))]
     if not cases or not run.has_time_for(START_S):
         return
-    with rows_of(name, cases) as (rows, fitting):
+    with rows_of(name, cases, batch_invariant=batch_invariant) as (rows, fitting):
         for case in fitting:
             if case.is_wanted(figure):
                 if not run.has_time_for(2 * ROUNDS * (SHORT + LONG) * rows.floor_s(case)):
@@ -182,14 +183,16 @@ def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool) -> 
 @click.command()
 @click.option("--models", default="7b,8b,13b", show_default=True, help="Which models, in this order.")
 @click.option("--device-time", is_flag=True, help="Profile the decode step's device time as well.")
+@click.option("--batch-invariant", is_flag=True, help="Of engines whose rows depend on no neighbour, bit for bit.")
 @part_options
-def main(run: Run, models: str, device_time: bool) -> None:
+def main(run: Run, models: str, device_time: bool, batch_invariant: bool) -> None:
     """Measure whole decode steps."""
-    figure = Figure("step", KEY, run, notes=["bf16, random weights, adapters of rank 16 on all seven projections"])
+    what = "step-batch-invariant" if batch_invariant else "step"
+    figure = Figure(what, KEY, run, notes=["bf16, random weights, adapters of rank 16 on all seven projections"])
     for name in models.split(","):
         if name not in CONFIGS:
             raise click.BadParameter(f"got {name!r}, wanted some of {', '.join(CONFIGS)}", param_hint="--models")
-        measure_model(name, run, figure, device_time=device_time)
+        measure_model(name, run, figure, device_time=device_time, batch_invariant=batch_invariant)
 
 
 if __name__ == "__main__":

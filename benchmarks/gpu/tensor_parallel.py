@@ -8,7 +8,6 @@ scored as prompts by both, and as two GPUs draw them while they draw the same. N
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import tempfile
@@ -239,8 +238,6 @@ def main(run: Run, models: str) -> None:
     for plan in PLANS:
         if plan.model in names:
             measure(plan, run, figure, references)
-            gc.collect()  # the engine, before the next one asks how much memory is free
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
