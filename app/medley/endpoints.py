@@ -27,7 +27,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Of no use on the public internet, though `is_global` may say so: addresses of a site, of protocols, of documents.
 _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")))
-_LOCAL_NAMES = ("localhost", ".localhost", ".local", ".internal", ".home.arpa")
+_LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa")
 
 
 class NotAllowed(Exception):
@@ -60,9 +60,12 @@ def judge_url(url: str, *, allow_loopback: bool) -> SplitResult:
     literal = _literal(host)
     if literal is not None:
         judge_address(literal, allow_loopback=allow_loopback)
-        _judge_scheme(parts, literal)
-    elif not allow_loopback and (host in _LOCAL_NAMES or host.rstrip(".").endswith(_LOCAL_NAMES)):
-        raise NotAllowed("a host on the public internet")
+        _judge_scheme(parts, is_loopback=_embedded(literal).is_loopback)
+    else:
+        name = "." + host.rstrip(".")
+        if name.endswith(_LOCAL_SUFFIXES) and not allow_loopback:
+            raise NotAllowed("a host on the public internet")
+        _judge_scheme(parts, is_loopback=name.endswith(".localhost"))
     return parts
 
 
@@ -77,9 +80,9 @@ def judge_address(address: Address, *, allow_loopback: bool) -> None:
         raise NotAllowed("a host on the public internet")
 
 
-def _judge_scheme(parts: SplitResult, address: Address) -> None:
+def _judge_scheme(parts: SplitResult, *, is_loopback: bool) -> None:
     """Raises NotAllowed for what would leave this machine without TLS."""
-    if parts.scheme != "https" and not _embedded(address).is_loopback:
+    if parts.scheme != "https" and not is_loopback:
         raise NotAllowed("a URL that begins with https://, as its host is not this machine")
 
 
@@ -102,7 +105,7 @@ def post(url: str, body: str, headers: Mapping[str, str], *, allow_loopback: boo
         assert parts.hostname is not None
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = resolve(parts.hostname, port, allow_loopback=allow_loopback)
-        _judge_scheme(parts, address)
+        _judge_scheme(parts, is_loopback=_embedded(address).is_loopback)
     except NotAllowed as error:
         return Answer(None, f"not sent: wanted {error}")
     except (OSError, UnicodeError) as error:

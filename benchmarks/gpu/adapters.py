@@ -129,6 +129,7 @@ def measure_throughput(run: Run, figure: Figure, model: BaseModel, folder: Path,
                     "requests": NUM_REQUESTS,
                     "tok_s": round(tok_s),
                     "of_resident": 1.0 if room == MANY or resident is None else round(tok_s / resident["tok_s"], 3),
+                    "steps": timed.steps,
                     "loads": timed.loads,
                     "evictions": timed.evictions,
                 }

@@ -98,12 +98,15 @@ class Figure:
         """A row that is there."""
         return self._rows.get(self._key_of(key))
 
-    def add(self, row: Row) -> None:
+    def put(self, row: Row) -> None:
         """Write a row to the file; one with the same key is replaced where it stands."""
-        at = self._key_of(row)
-        self._rows[at] = row
-        self._measured.add(at)
+        self._rows[self._key_of(row)] = row
         self._write()
+
+    def add(self, row: Row) -> None:
+        """`put` what was measured just now, and say so."""
+        self._measured.add(self._key_of(row))
+        self.put(row)
         say(f"{self._what}: " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
     def _key_of(self, row: Row) -> tuple[Any, ...]:

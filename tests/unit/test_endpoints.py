@@ -119,6 +119,9 @@ def test_without_tls_nothing_leaves_this_machine(monkeypatch: pytest.MonkeyPatch
         judge_url("http://1.1.1.1/hook", allow_loopback=True)
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: found)
+    with pytest.raises(NotAllowed, match="https"):
+        judge_url("http://example.com/hook", allow_loopback=True)
+    judge_url("http://localhost:8080/hook", allow_loopback=True)
     answer = post("http://example.com/hook", "{}", {}, allow_loopback=True)
     assert (answer.status, "https" in (answer.error or "")) == (None, True)
 

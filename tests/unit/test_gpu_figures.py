@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from benchmarks.gpu.floors import step_floor_s
 from benchmarks.gpu.kernel_times import kernel_rows, short_name
+from benchmarks.gpu.lora import in_situ_ms
 from benchmarks.gpu.plot import best, points
 from benchmarks.gpu.results import Figure, Run, gpu_name
 from benchmarks.gpu.shapes import adapter_weight_bytes, base_model
@@ -145,3 +146,19 @@ def test_kernel_times_are_those_of_the_steps_that_the_longer_run_has_more() -> N
         ("norm", 0.1, 20.0),
         ("others", 0.1, 0.2),
     ]
+
+
+def test_what_adapters_add_to_a_whole_step_is_read_from_the_steps_rows(tmp_path: Path) -> None:
+    steps = tmp_path / "h200-step.json"
+    assert in_situ_ms(steps, 16, 32, "distinct") is None
+    rows = [
+        {"model": "7b", "batch": 32, "lora": "none", "ms": 5.0},
+        {"model": "7b", "batch": 32, "lora": "distinct", "ms": 6.4},
+        {"model": "8b", "batch": 32, "lora": "distinct", "ms": 9.9},
+        {"model": "7b", "batch": 64, "lora": "distinct", "ms": 7.8},
+    ]
+    steps.write_text(json.dumps({"rows": rows}))
+    assert in_situ_ms(steps, 16, 32, "distinct") == 1.4
+    assert in_situ_ms(steps, 16, 32, "skewed") is None
+    assert in_situ_ms(steps, 16, 64, "distinct") is None
+    assert in_situ_ms(steps, 64, 32, "distinct") is None
