@@ -139,6 +139,12 @@ def num_living(conn: Connection, pool: str) -> int:
     return int(conn.execute(statement, {"pool": pool}).scalar_one())
 
 
+def num_leased(conn: Connection, pool: str) -> int:
+    """Jobs that the pool's workers hold."""
+    statement = text("SELECT count(*) FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE w.pool = :pool")
+    return int(conn.execute(statement, {"pool": pool}).scalar_one())
+
+
 def num_queued(conn: Connection, pool: str) -> int:
     statement = text("SELECT coalesce(sum(num_queued), 0) FROM demand WHERE pool = :pool")
     return int(conn.execute(statement, {"pool": pool}).scalar_one())

@@ -35,6 +35,7 @@ from benchmarks.fleet_rows import (
     fill,
     make_pool,
     make_tenants,
+    num_leased,
     num_living,
     num_queued,
     revive,
@@ -109,6 +110,7 @@ def measure(
     _check_living(work, pool)
     with transaction(work) as conn:
         allow_minutes(conn)
+        held = num_leased(conn, pool.name)
         window = {"pool": pool.name, "since": since, "until": until}
         counted = text("SELECT count(*) FROM jobs WHERE pool = :pool AND leased_at >= :since AND leased_at < :until")
         jobs = int(conn.execute(counted, window).scalar_one())
@@ -118,6 +120,8 @@ def measure(
         )
         jobs_a_claim = jobs / max(1, int(conn.execute(transactions, window).scalar_one()))
     end_leased(work, pool.name)
+    if held > len(pool.workers) * MAX_NUM_SEQS:
+        raise RuntimeError(f"the fleet was full, with {held} jobs: what follows waits for it; take fewer --seconds")
     elapsed = (until - since).total_seconds()
     return {
         "queued": queued,
@@ -201,9 +205,9 @@ def snapshot(url: str) -> Iterator[None]:
 @click.option("--adapters", "adapters_each", default=2, show_default=True, help="Of each tenant.")
 @click.option("--queued", default=1_000_000, show_default=True)
 @click.option("--few", default=10_000, show_default=True, help="Queued beside which that is compared.")
-@click.option("--seconds", default=15.0, show_default=True, help="Of each measurement.")
-@click.option("--warm-up", default=5.0, show_default=True)
-@click.option("--rounds", default=2, show_default=True, help="Of each, taking turns.")
+@click.option("--seconds", default=8.0, show_default=True, help="Of each measurement.")
+@click.option("--warm-up", default=3.0, show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Of each, taking turns.")
 @click.option("--complete-jobs-s", default=2_000.0, show_default=True, help="Jobs that the fleet ends a second.")
 @click.option("--aged-jobs", default=1_200_000, show_default=True, help="Claimed and ended while the snapshot is open.")
 @click.option("--snapshot-s", default=0.0, show_default=True, help="Ages it for real: both fleets run so long instead.")

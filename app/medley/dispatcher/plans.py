@@ -29,7 +29,7 @@ class Rules:
     max_turn: int = 16  # jobs of one turn
     max_turns: int = 1_000  # a plan has about this many on the whole: where it has room for more jobs, turns are larger
     jobs_a_load: int = 8  # an adapter that is somewhere already is loaded elsewhere for this many jobs or the last
-    max_jobs: int = 8_000  # jobs of one plan: a second's writes at the most
+    max_jobs: int = 16_000  # jobs of one plan: about a second of writes
     patience_s: float = 30.0  # a lane that was passed over for longer goes first, one a tenant and plan
     wake_wait_s: float = 0.25  # what the active workers begin within this time wakes nobody
     wake_patience_s: float = 120.0  # a worker that takes longer to wake is no longer waited for
