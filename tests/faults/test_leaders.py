@@ -10,7 +10,7 @@ import pytest
 from fleets import Fleet, Member
 from stacks import NOISE_S, TICK_S, Service, finish, sweep_jobs
 
-from medley.dispatcher.loop import TERM_TICKS
+from medley.dispatcher.lead import TERM_TICKS
 
 pytestmark = pytest.mark.faults
 

@@ -1,7 +1,6 @@
 """The dispatcher's loop: leads by term, does the pool's chores, reads, plans, claims, rings.
 
-It decides nothing (`policy` does) and keeps nothing that it cannot see again. Every transaction that writes begins
-by holding the term, so a leader that was stopped and goes on writes nothing. A message is only a ring, sent from a
+It decides nothing (`policy` does) and keeps nothing that it cannot see again. A message is only a ring, sent from a
 thread of its own: workers find their rows without it.
 """
 
@@ -13,43 +12,34 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 
 from medley.celery_app import worker_queue
 from medley.config import Settings
-from medley.db import adapters, changes, chores, counters, flags, grants, leaders, queue, sweeps, webhooks, workers
-from medley.db import forecasts as forecasts_db
-from medley.db.batches import HIGH
+from medley.db import adapters, changes, counters, leaders, queue, workers
 from medley.db.connections import make_engine, plan_each, transaction
 from medley.db.workers import WorkerState
 from medley.dispatcher.bookkeeper import Bookkeeper
-from medley.dispatcher.forecasts import OpenBatch, forecast, judge
 from medley.dispatcher.glance import Glance
 from medley.dispatcher.heads import Heads, Queue
+from medley.dispatcher.housekeeping import CLOCK_MARGIN_S, Housekeeping
+from medley.dispatcher.lead import TERM_TICKS, Lead
 from medley.dispatcher.planner import AdapterSize, Planner, Stands, rows_that_fit
 from medley.dispatcher.plans import Phase, Plan, Rules, Tenant
 from medley.dispatcher.step_time import Totals
 from medley.dispatcher.watchers import watchers
 from medley.garbage import collect_rarely
 from medley.health import beat
-from medley.rings import DELIVER_TASK, EXPAND_TASK, MAINTAIN_TASK, RUN_JOBS_TASK, Bell, Ringer, pool_channel
-from medley.spec.ids import uuid7
+from medley.rings import RUN_JOBS_TASK, Bell, Ringer, pool_channel
 
 EXPECT_TASK = "medley.expect"
 MAX_IDS_A_MESSAGE = 256
 MAX_JOBS_A_CLAIM = 1_000  # one transaction: some tens of milliseconds
-TERM_TICKS = 3  # a leader that misses this many ticks is succeeded
-CLOCK_MARGIN_S = 1.0  # by less than this the database's clock may be set back unnoticed
-CHORE_S = 0.5  # of a long chore in one tick: it outlasts no term, and plans go on beside it
-FORECAST_EVERY_S = 5.0
-KEEP_FORECASTS_S = 60.0  # that are not made anew: of batches that have finished, or while nobody leads
 MAX_SIZES = 100_000  # of adapter revisions that are remembered
-MAINTAIN_EVERY_S = 60.0
 MIN_TURN_S = 0.02  # rings that come faster are one
 MAX_BACKOFF_S = 2.0
 # Others wait for the leader: it waits for no lock for long, and frozen in a transaction it soon lets go.
@@ -63,7 +53,6 @@ _DESIRED = {
 }
 _HOLDS = {None: None, WorkerState.ACTIVE: Phase.ACTIVE, WorkerState.ASLEEP: Phase.ASLEEP}
 
-T = TypeVar("T")
 log = structlog.get_logger()
 
 
@@ -126,18 +115,16 @@ class Dispatcher:
         rules: Rules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.id = uuid7()
         self._engine = engine
         self._ringer = ringer
         self._pool = settings.pool
         self._tick_s = settings.tick_s
         self._rules = Rules(look_s=settings.tick_s) if rules is None else rules
         self._clock = clock
-        self._term: int | None = None
-        self._last_term: int | None = None
-        self._lead_due_at = self._chores_due_at = clock()
+        self._lead = Lead(engine, settings.pool, tick_s=settings.tick_s, clock=clock, on_new=self._begin)
         self._num_plans = self._num_claimed = 0
-        self._oldest_batch_s = 0.0
+        self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
+        self._chores_due_at = clock()
         self._glance: Glance | None = None
         self._begin()
 
@@ -150,9 +137,14 @@ class Dispatcher:
         return {"medley_plans": self._num_plans, "medley_claimed_jobs": self._num_claimed}
 
     @property
+    def id(self) -> UUID:
+        """By which it holds the lead."""
+        return self._lead.id
+
+    @property
     def term(self) -> int | None:
         """The term in which this dispatcher leads; None while another does."""
-        return self._term
+        return self._lead.term
 
     def tick(self) -> float:
         """Leads where it can; as the leader does what is due and one plan. Returns seconds until the next look.
@@ -161,176 +153,48 @@ class Dispatcher:
         """
         now = self._clock()
         try:
-            if now >= self._lead_due_at:
-                self._lead()
-            if self._term is None:
+            self._lead.renew()
+            if self._lead.term is None:
+                self._glance = None
                 return self._tick_s
             if not self._keeper.has_begun:
                 self._begin_books(now)
             if now >= self._chores_due_at:
-                self._do_chores()
+                due = self._housekeeping.read_due()
+                self._see_clock(due.at_s)
+                self._housekeeping.do(due, self._jobs_per_s)
                 self._chores_due_at = now + self._tick_s
             return self._dispatch()
         except leaders.TermLost:
-            log.warning("term.lost", dispatcher=self.id.hex, pool=self._pool, term=self._term)
-            self._term = self._glance = None
-            self._lead_due_at = now
+            self._lead.lose()
+            self._glance = None
             return min(self._tick_s, MIN_TURN_S)
 
     def resign(self) -> None:
         """Gives the lead up, so that a standby takes it at once."""
-        if self._term is None:
-            return
-        try:
-            with transaction(self._engine) as conn:
-                leaders.resign(conn, self._pool, self.id, self._term)
-        except DBAPIError:
-            log.info("resign.failed", dispatcher=self.id.hex)  # the term runs out by itself
-        self._term = self._glance = None
+        self._lead.resign()
+        self._glance = None
 
     def _begin(self) -> None:
         """Forgets what was seen: another may have led since."""
         now = self._clock()
         self._planner = Planner(self._rules)
         self._keeper = Bookkeeper(self._pool)
+        self._housekeeping = Housekeeping(self._engine, self._pool, self._lead, self._keeper, self._ringer, self._clock)
         self._heads = Heads()
         self._clock_ahead_s = -math.inf  # the database's, of ours, at the most so far
-        self._lapsed_since = 0.0  # leases that lapsed before are marked; Unix time of the database
         self._leased_since: dict[UUID, float] = {}  # worker: no job that it holds was leased before
         self._hinted: dict[UUID, list[UUID]] = {}
         self._chores_due_at = now
-        self._maintain_due_at = now
-        self._forecast_due_at = now
         self._homes_due_at = now
         self._hints_due_at = now
-        self._jobs_per_s = 0.0  # of the whole fleet, at the last plan
-
-    def _lead(self) -> None:
-        self._lead_due_at = self._clock() + self._tick_s
-        with transaction(self._engine) as conn:
-            term = leaders.lead(conn, self._pool, self.id, term_s=TERM_TICKS * self._tick_s)
-        if term is not None and term != self._term:
-            log.info("term.began", dispatcher=self.id.hex, pool=self._pool, term=term)
-            # Terms are counted: after its own last one nobody else has led, and what was seen still holds.
-            if self._last_term is None or term > self._last_term + 1:
-                self._begin()
-            self._last_term = term
-        self._term = term
-        if term is None:
-            self._glance = None
-
-    def _write(self, write: Callable[[Connection], T]) -> T:
-        """One transaction of this term, which is prolonged where that is due. Raises TermLost."""
-        term = self._term
-        if self._clock() >= self._lead_due_at:
-            self._lead()
-        if self._term is None or self._term != term:
-            raise leaders.TermLost(f"dispatcher {self.id} lost term {term} of pool {self._pool!r}")
-        with transaction(self._engine) as conn:
-            leaders.hold_term(conn, self._pool, self.id, self._term)
-            return write(conn)
+        self._jobs_per_s = 0.0
 
     def _begin_books(self, now: float) -> None:
-        self._write(lambda conn: changes.adopt(conn, self._pool))
+        self._lead.write(lambda conn: changes.adopt(conn, self._pool))
         with transaction(self._engine) as conn:
             plan_each(conn)
             self._keeper.look(conn, now)
-
-    def _do_chores(self) -> None:
-        with transaction(self._engine) as conn:
-            plan_each(conn)
-            due = chores.read_due(conn, self._pool, self._keeper.books.shared(), self._lapsed_since)
-        self._see_clock(due.at_s)
-        if due.mark_gone:
-            self._chore("mark_gone", self._mark_gone)
-        else:
-            self._lapsed_since = due.at_s - CLOCK_MARGIN_S
-        if due.mark_gone or due.reclaim:
-            self._chore("reclaim", self._reclaim)
-        if due.expire:
-            self._chore("expire", self._expire)
-        if due.judge or self._clock() >= self._forecast_due_at:
-            self._chore("forecast", self._forecast)
-        if due.end_revoked:
-            self._chore("end_revoked", self._end_revoked)
-        if due.expand:
-            self._chore("expand", self._ring_expansions)
-        if due.deliver:
-            self._chore("deliver", self._ring_deliveries)
-        self._chore("fold", self._fold)
-        if self._clock() >= self._maintain_due_at:
-            self._ringer.send_task(MAINTAIN_TASK)
-            self._maintain_due_at = self._clock() + MAINTAIN_EVERY_S
-
-    def _chore(self, name: str, do: Callable[[], object]) -> None:
-        """Does a chore. One that waits for another's lock is left for the next tick and stops no plan."""
-        try:
-            do()
-        except OperationalError as error:
-            if error.connection_invalidated:
-                raise
-            log.warning("chore.failed", chore=name, error=type(error.orig).__name__)
-
-    def _mark_gone(self) -> None:
-        for worker in self._write(lambda conn: workers.mark_gone(conn, self._pool)):
-            log.warning("worker.gone", worker=worker.hex)
-
-    def _reclaim(self) -> None:
-        until = self._clock() + CHORE_S
-        while num_jobs := self._write(lambda conn: workers.reclaim(conn, self._pool)):
-            log.info("jobs.reclaimed", num_jobs=num_jobs)
-            if self._clock() >= until:
-                return
-
-    def _fold(self) -> None:
-        until = self._clock() + CHORE_S
-        self._keeper.fold(self._write, self._clock(), lambda: self._clock() < until)
-
-    def _expire(self) -> None:
-        until = self._clock() + CHORE_S
-        while batches := self._write(flags.expire_queued):
-            log.info("jobs.expired", num_batches=len(batches))
-            for batch in batches:
-                self._ringer.ring_done(batch)
-            if self._clock() >= until:
-                return
-
-    def _end_revoked(self) -> None:
-        until = self._clock() + CHORE_S
-        while batches := self._write(lambda conn: grants.end_revoked(conn, self._pool)):
-            log.info("jobs.revoked", num_batches=len(batches))
-            for batch in batches:
-                self._ringer.ring_done(batch)
-            if self._clock() >= until:
-                return
-
-    def _forecast(self) -> None:
-        """Judges deadlines, and now and then says when open batches will be done."""
-        is_due = self._clock() >= self._forecast_due_at
-        with transaction(self._engine) as conn:
-            rows = forecasts_db.read_open(conn, self._pool)
-        if is_due:
-            self._forecast_due_at = self._clock() + FORECAST_EVERY_S
-            self._oldest_batch_s = max((row.age_s for row in rows), default=0.0)
-        if not rows:
-            return
-        batches = [OpenBatch(r.id, r.tenant_id, r.weight, r.priority, r.num_left, r.due_s) for r in rows]
-        dues = {batch.id: batch.due_s for batch in batches if batch.due_s is not None}
-        verdict = judge(batches, self._jobs_per_s, HIGH)
-        if verdict.hasten:
-            within_s = max(dues[batch] for batch in verdict.hasten) + 1.0
-            self._write(lambda conn: flags.hasten(conn, within_s, verdict.hasten))
-        if is_due:
-            found = [(f.batch, f.ends_in_s, f.is_late) for f in forecast(batches, self._jobs_per_s)]
-            self._write(lambda conn: forecasts_db.write(conn, found, keep_s=KEEP_FORECASTS_S))
-
-    def _ring_expansions(self) -> None:
-        for sweep in self._write(sweeps.due_expansions):
-            self._ringer.send_task(EXPAND_TASK, sweep.hex)
-
-    def _ring_deliveries(self) -> None:
-        for delivery in self._write(webhooks.due_rings):
-            self._ringer.send_task(DELIVER_TASK, delivery.hex)
 
     def _dispatch(self) -> float:
         """One plan and its claims."""
@@ -378,18 +242,18 @@ class Dispatcher:
         top_service = 0.0 if books.backlogged or not waits else books.top_service()
         plan = self._planner.plan(waits, self._lift(accounts, waiting, top_service, now), stands, now)
         self._num_plans += 1
-        assert self._term is not None
+        assert self._lead.term is not None
         seen = self._planner.sightings
         self._glance = Glance(
             now,
             self._pool,
-            self._term,
+            self._lead.term,
             waits,
             rows,
             plan.num_wanted,
             seen.job_tokens,
             seen.waited_s,
-            self._oldest_batch_s,
+            self._housekeeping.oldest_batch_s,
         )
         return plan
 
@@ -425,7 +289,7 @@ class Dispatcher:
         ]
         standings += [counters.Standing(tenant, 0.0, is_backlogged=False) for tenant in lifted.satisfied]
         if standings:
-            self._write(lambda conn: counters.write_standings(conn, self._pool, standings))
+            self._lead.write(lambda conn: counters.write_standings(conn, self._pool, standings))
             self._keeper.books.see_standings(lifted.raised.keys(), lifted.satisfied)
         return lifted.tenants
 
@@ -433,7 +297,7 @@ class Dispatcher:
         def write(conn: Connection) -> list[UUID]:
             return [w for w, phase in sorted(desires.items()) if workers.desire(conn, w, _DESIRED[phase])]
 
-        for worker in self._write(write):
+        for worker in self._lead.write(write):
             log.info("worker.desired", worker=worker.hex, state=_DESIRED[desires[worker]].value)
             self._ringer.tell_worker(worker)
 
@@ -457,7 +321,7 @@ class Dispatcher:
         for want in wants:
             wanted[(want.lane, want.priority)] += want.num_jobs
         starts = self._heads.starts(wanted, self._clock())
-        claimed = self._write(lambda conn: queue.claim(conn, self._pool, wants, starts))
+        claimed = self._lead.write(lambda conn: queue.claim(conn, self._pool, wants, starts))
         now = self._clock()
         ids: dict[UUID, list[str]] = defaultdict(list)
         found: Counter[Queue] = Counter()
