@@ -3,8 +3,9 @@
 - submit: one NDJSON request of 1,000,000 lines over the bare `INSERT ... SELECT unnest` of the same rows by one
   connection (a request is one transaction), and what the API's process takes in memory for it.
 - read: the results of a batch by pages of the cursor, over a bare SELECT of the same columns by pages.
-- reads under load: p99 of `GET /v1/jobs/{id}` at half the rate that the service reaches, over its idle p99; and of an
-  endpoint that does nothing, at the same rate.
+- reads under load: p99 of `GET /v1/jobs/{id}` at half the rate that the service reaches, over its idle p99, of one
+  client that asks again at once. Beside it the p99 of requests that come now and then, for which processes and
+  processors must wake, and the same of an endpoint that does nothing.
 - waiting: 2,000 clients wait for a job each, `GET ...?wait=60`, before a worker starts; how long after the result was
   committed each has its answer.
 """
@@ -43,6 +44,7 @@ PROMPT = "abcdefghijklmnop" * 4
 DEFAULTS = '{"max_tokens":32,"ignore_eos":true}'
 BLOCK_LINES = 10_000
 PAGE = 10_000
+SPARSE_S = 50.0  # requests/s that come now and then
 IDLE_S = 3.0  # a connection that is idle for longer is not used again: the server ends it after 5
 NDJSON = {"Content-Type": "application/x-ndjson"}
 NULL_ENGINE = {"MEDLEY_FORWARD": "null", "MEDLEY_MAX_NUM_SEQS": "256"}
@@ -162,11 +164,13 @@ async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> R
 
         await _closed_loop(get_job, 2, 1.0)
         idle = await _closed_loop(get_job, 1, seconds)
+        sparse = await _open_loop(get_job, SPARSE_S, seconds)
         full = await _closed_loop(get_job, 16, seconds)
         rate = len(full) / seconds
         half = await _open_loop(get_job, rate / 2, seconds)
         # The same from an endpoint that does nothing: what sender and processors make of such a load by themselves.
         floor_idle = await _closed_loop(get_nothing, 1, seconds / 2)
+        floor_sparse = await _open_loop(get_nothing, SPARSE_S, seconds / 2)
         floor_half = await _open_loop(get_nothing, rate / 2, seconds)
     p99_idle, p99_half = _p99(idle), _p99(half)
     return {
@@ -174,10 +178,14 @@ async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> R
         "most_s": round(rate),
         "idle_p50_ms": round(statistics.median(idle) * 1e3, 2),
         "idle_p99_ms": round(p99_idle * 1e3, 2),
+        "sparse_p50_ms": round(statistics.median(sparse) * 1e3, 2),
+        "sparse_p99_ms": round(_p99(sparse) * 1e3, 2),
         "half_p50_ms": round(statistics.median(half) * 1e3, 2),
         "half_p99_ms": round(p99_half * 1e3, 2),
         "ratio": round(p99_half / p99_idle, 2),
+        "ratio_of_sparse": round(p99_half / _p99(sparse), 2),
         "floor_idle_p99_ms": round(_p99(floor_idle) * 1e3, 2),
+        "floor_sparse_p99_ms": round(_p99(floor_sparse) * 1e3, 2),
         "floor_half_p99_ms": round(_p99(floor_half) * 1e3, 2),
         "floor_ratio": round(_p99(floor_half) / _p99(floor_idle), 2),
     }

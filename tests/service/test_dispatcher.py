@@ -287,7 +287,7 @@ def test_a_term_is_prolonged_within_a_turn_that_takes_longer_than_a_tick(stage: 
         conn.execute(
             text("UPDATE leaders SET until = clock_timestamp() + interval '1 s' WHERE pool = :pool"), stage.own
         )
-    dispatcher._write(lambda _: None)
+    dispatcher._lead.write(lambda _: None)
     with stage.ledger.working() as conn:
         left = text("SELECT until > clock_timestamp() + interval '30 s' FROM leaders WHERE pool = :pool")
         assert conn.execute(left, stage.own).scalar_one()
