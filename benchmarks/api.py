@@ -44,6 +44,7 @@ PROMPT = "abcdefghijklmnop" * 4
 DEFAULTS = '{"max_tokens":32,"ignore_eos":true}'
 BLOCK_LINES = 10_000
 PAGE = 10_000
+ROUNDS, WARM_S = 4, 1.0  # by turns; a rate begins with its connections made
 SPARSE_S = 50.0  # requests/s that come now and then
 IDLE_S = 3.0  # a connection that is idle for longer is not used again: the server ends it after 5
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -163,15 +164,10 @@ async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> R
             return await _timed(connections, "/livez")
 
         await _closed_loop(get_job, 2, 1.0)
-        idle = await _closed_loop(get_job, 1, seconds)
-        sparse = await _open_loop(get_job, SPARSE_S, seconds)
-        full = await _closed_loop(get_job, 16, seconds)
-        rate = len(full) / seconds
-        half = await _open_loop(get_job, rate / 2, seconds)
+        rate = len(await _closed_loop(get_job, 16, seconds)) / seconds
+        idle, sparse, half = await _in_turns(get_job, rate / 2, seconds)
         # The same from an endpoint that does nothing: what sender and processors make of such a load by themselves.
-        floor_idle = await _closed_loop(get_nothing, 1, seconds / 2)
-        floor_sparse = await _open_loop(get_nothing, SPARSE_S, seconds / 2)
-        floor_half = await _open_loop(get_nothing, rate / 2, seconds)
+        floor_idle, floor_sparse, floor_half = await _in_turns(get_nothing, rate / 2, seconds / 2)
     p99_idle, p99_half = _p99(idle), _p99(half)
     return {
         "what": "GET /v1/jobs/{id}",
@@ -189,6 +185,19 @@ async def _measure_gets(access: Access, job_ids: list[str], seconds: float) -> R
         "floor_half_p99_ms": round(_p99(floor_half) * 1e3, 2),
         "floor_ratio": round(_p99(floor_half) / _p99(floor_idle), 2),
     }
+
+
+async def _in_turns(
+    get: Callable[[], Awaitable[float]], rate: float, seconds: float
+) -> tuple[list[float], list[float], list[float]]:
+    """Back to back, now and then, and at a rate: so many seconds of each, by turns, as the machine drifts."""
+    idle, sparse, at_rate = [], [], []
+    for _ in range(ROUNDS):
+        idle += await _closed_loop(get, 1, seconds / ROUNDS)
+        sparse += await _open_loop(get, SPARSE_S, seconds / ROUNDS)
+        await _open_loop(get, rate, WARM_S)
+        at_rate += await _open_loop(get, rate, seconds / ROUNDS)
+    return idle, sparse, at_rate
 
 
 async def _timed(connections: Connections, path: str) -> float:
