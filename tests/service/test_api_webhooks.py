@@ -359,7 +359,7 @@ def test_a_webhook_is_changed_and_deleted_by_its_tenant_alone(api: Api, receiver
 
 def test_every_fault_of_a_webhook_is_said_and_a_key_makes_one(api: Api, receiver: Receiver) -> None:
     tenant = api.as_tenant()
-    body = {"url": "http://x", "events": ["adapter.quarantined"], "batch_id": "batch_1", "failed_jobs": 1}
+    body = {"url": "http://localhost/x", "events": ["adapter.quarantined"], "batch_id": "batch_1", "failed_jobs": 1}
     assert set(fields_of(tenant.post("/v1/webhooks", json=body | {"description": ""}))) == {
         "batch_id",
         "events",
