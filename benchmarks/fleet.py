@@ -227,7 +227,7 @@ def _run(
 def _command() -> str:
     """What makes the figure again; the folders are not part of it."""
     arguments = sys.argv[1:]
-    for option in ("--out", "--scratch"):
+    for option in ("--out", "--scratch", "--data-dir"):
         if option in arguments:
             at = arguments.index(option)
             del arguments[at : at + 2]

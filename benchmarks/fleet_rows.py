@@ -141,7 +141,9 @@ def num_living(conn: Connection, pool: str) -> int:
 
 def num_leased(conn: Connection, pool: str) -> int:
     """Jobs that the pool's workers hold."""
-    statement = text("SELECT count(*) FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE w.pool = :pool")
+    statement = text(
+        "SELECT count(*) FROM jobs j JOIN workers w ON w.id = j.worker_id AND j.state = 'leased' WHERE w.pool = :pool"
+    )
     return int(conn.execute(statement, {"pool": pool}).scalar_one())
 
 

@@ -66,8 +66,11 @@ def add_in_situ(figure: Figure) -> None:
     steps = figure.path.with_name(figure.path.name.replace("lora-path", "step"))
     for rank, batch, popularity in itertools.product(RANKS, BATCHES, POPULARITIES):
         row = figure.get(rank=rank, batch=batch, popularity=popularity)
-        if row is not None:
-            figure.put(row | {"in_situ_ms": in_situ_ms(steps, rank, batch, popularity)})
+        if row is None:
+            continue
+        found = in_situ_ms(steps, rank, batch, popularity)
+        if row["in_situ_ms"] != found:
+            figure.put(row | {"in_situ_ms": found})
 
 
 @click.command()

@@ -56,6 +56,14 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def learn(authenticator: Authenticator, sql: SlowSql, found: Access) -> None:
+    """Have the key looked up for the first time."""
+    first = asyncio.create_task(authenticator.access(KEY))
+    await settle()
+    sql.answers[0].set_result(found)
+    await first
+
+
 @pytest.mark.usefixtures("clock")
 def test_a_hundred_who_ask_at_once_cost_one_lookup() -> None:
     async def scenario() -> None:
@@ -73,14 +81,11 @@ def test_a_hundred_who_ask_at_once_cost_one_lookup() -> None:
     asyncio.run(scenario())
 
 
-def test_a_key_in_use_is_looked_up_again_beside_its_requests_and_never_outlives_its_time(clock: Clock) -> None:
+def test_a_key_in_use_is_looked_up_again_beside_its_requests_and_forgotten_once_it_is_revoked(clock: Clock) -> None:
     async def scenario() -> None:
         sql = SlowSql()
         authenticator = Authenticator(sql, Quotas())  # type: ignore[arg-type]
-        first = asyncio.create_task(authenticator.access(KEY))
-        await settle()
-        sql.answers[0].set_result(access())
-        await first
+        await learn(authenticator, sql, access())
         clock.now += CACHE_S * 0.6
         for _ in range(3):
             await authenticator.access(KEY)  # nobody waits
@@ -105,10 +110,7 @@ def test_a_key_that_is_about_to_expire_is_not_remembered_for_longer(clock: Clock
     async def scenario() -> None:
         sql = SlowSql()
         authenticator = Authenticator(sql, Quotas())  # type: ignore[arg-type]
-        first = asyncio.create_task(authenticator.access(KEY))
-        await settle()
-        sql.answers[0].set_result(access(expires_in_s=1.0))
-        await first
+        await learn(authenticator, sql, access(expires_in_s=1.0))
         clock.now += 1.0
         late = asyncio.create_task(authenticator.access(KEY))
         await settle()
