@@ -12,6 +12,7 @@ which has more near-ties than a trained one, or on --model with the PEFT folders
 from __future__ import annotations
 
 import gc
+import json
 import random
 import sys
 import tempfile
@@ -188,13 +189,20 @@ def _known(engine: Engine, subject: Subject) -> Subject:
     return Subject(subject.name, subject.model_dir, names, subject.load_format, subject.vocab_size)
 
 
+def _rows(name: str, folder: Path | None) -> list[dict[str, Any]]:
+    """What was measured there before, of other models too."""
+    path = (folder or record.RESULTS) / f"{name}-migration.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def _arguments() -> list[str]:
-    """Without the folder of the result, which is not part of it."""
+    """Without the result's folder, and other folders by their names alone."""
     arguments = sys.argv[1:]
     if "--out" in arguments:
         at = arguments.index("--out")
         del arguments[at : at + 2]
-    return arguments
+    return [Path(argument).name if Path(argument).is_dir() else argument for argument in arguments]
 
 
 @click.command()
@@ -245,13 +253,15 @@ def main(
             )
             del engine  # the next one wants its memory
             record.say(f"{level}: {counts.parted} of {counts.moved} moved jobs say something else ({share:.1%})")
-    name = None
+    name = record.machine()
     if device != "cpu":
         from benchmarks.gpu.results import gpu_name
 
         name = gpu_name(torch.cuda.get_device_name())
     command = f"python -m benchmarks.migration {' '.join(_arguments())}".strip()
-    path = record.write("migration", command, rows, name=name, folder=out)
+    rows = [row | {"command": command} for row in rows]
+    others = [row for row in _rows(name, out) if row["model"] != subject.name]
+    path = record.write("migration", command, others + rows, name=name, folder=out)
     record.say(f"wrote {path}")
     is_exact = device == "cpu" and dtype == "float32"
     wrong = [row for row in rows if row["parted"] and (is_exact or row["level"] == "batch_invariant")]

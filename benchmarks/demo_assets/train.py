@@ -46,7 +46,11 @@ def main() -> None:
     print(f"{len(SKILLS)} skills, {skills.token_ids.numel() / 1e6:.0f} million tokens of examples", flush=True)
 
     base_budget = Budget(arguments.base_steps, arguments.base_batch, lr=arguments.base_lr)
-    model = train_base(Shape(num_layers=arguments.layers), skills, echo, base_budget, device)
+    num_heads = Shape.hidden // arguments.head_dim
+    shape = Shape(
+        num_layers=arguments.layers, num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=arguments.head_dim
+    )
+    model = train_base(shape, skills, echo, base_budget, device)
     round_as_stored(model.parameters())
     shapes = [LORA_SHAPES[i % len(LORA_SHAPES)] for i in range(len(SKILLS))]
     lora_budget = Budget(arguments.adapter_steps, arguments.adapter_batch, lr=arguments.adapter_lr)
@@ -97,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=Shape.head_dim, help="a worker on CUDA takes 64")
     parser.add_argument("--examples-per-skill", type=int, default=40_000)
     parser.add_argument("--base-steps", type=int, default=12_000)
     parser.add_argument("--base-batch", type=int, default=4096)

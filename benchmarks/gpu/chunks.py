@@ -1,9 +1,9 @@
-"""`chunks.json`: what a prompt costs the rows that decode beside it. 7B shape, 128 decode rows, a prompt in each step.
+"""`chunks.json`: what a prompt costs the rows that decode beside it. 7B shape, a prompt in each step.
 
-Steps with prompt chunks run operator by operator, steps of decode rows replay a graph: ms is the time of a step, the
-mean of 16 that carry a prompt of `chunk` tokens each (0: none), host_ms the engine's own time in it. Where host_ms is
-well below ms, launching costs nothing. The largest chunk is what a step takes at the most, so its ms is the longest
-that decoding stalls for prompts.
+Steps with prompt chunks replay graphs with attention between them up to 512 tokens, and run operator by operator
+beyond; steps of decode rows replay one graph. ms is the time of a step, the mean of 16 that carry a prompt of `chunk`
+tokens each (0: none), host_ms the engine's own time in it. Where host_ms is well below ms, launching costs nothing.
+The largest chunk is what a step takes at the most, so its ms is the longest that decoding stalls for prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from benchmarks.gpu.workloads import SEED, Job
 from medley_worker import Engine
 
 KEY = ("batch", "lora", "chunk")
-MODEL, DECODING, SPARE_ROWS, MAX_LEN = "7b", 128, 32, 4096
+MODEL, SPARE_ROWS, MAX_LEN = "7b", 32, 4096
+BATCHES = (32, 128)  # rows that decode
 LORAS = ("none", "distinct")
 CHUNKS = (0, 64, 256, 512, 1024)
 STEPS, ROUNDS = 16, 3
@@ -36,14 +37,16 @@ START_S, ROW_S = 60.0, 15.0
 
 
 class Decoding:
-    """An engine in which 128 rows decode."""
+    """An engine in which so many rows decode."""
 
-    def __init__(self, engine: Engine, files: AdapterFiles, lora: str) -> None:
-        self._engine, self._files = engine, files
+    def __init__(self, engine: Engine, files: AdapterFiles, lora: str, num_rows: int) -> None:
+        self._engine, self._files, self._num_rows = engine, files, num_rows
         self._is_distinct = lora == "distinct"
         self._rng = np.random.default_rng(SEED)
         self._ids = itertools.count()
-        self._names = [self._add(number, 64, NUM_NEW) for number in range(DECODING)]
+        # Adapters come first: rows that waited for theirs would have shorter contexts than the others.
+        self._load(range(num_rows + 1))
+        self._names = [self._add(number, 64, NUM_NEW) for number in range(num_rows)]
         while engine.stats().num_waiting:
             engine.step()
         self._run(8, 0)
@@ -57,12 +60,18 @@ class Decoding:
         rounds = [self._run(STEPS, chunk) for _ in range(ROUNDS)]
         return statistics.median(ms for ms, _ in rounds), statistics.median(host for _, host in rounds)
 
+    def _load(self, adapters: range) -> None:
+        for number in adapters:
+            self._add(number, 1, 1)
+        while self._engine.has_work:
+            self._engine.step()
+
     def _run(self, num_steps: int, chunk: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         before, started = self._engine.stats(), time.perf_counter()
         for _ in range(num_steps):
             if chunk:
-                self._add(DECODING, chunk, 1)
+                self._add(self._num_rows, chunk, 1)
             self._engine.step()
         torch.cuda.synchronize()
         seconds, after = time.perf_counter() - started, self._engine.stats()
@@ -76,17 +85,19 @@ class Decoding:
         return name
 
 
-def rows(engine: Engine, files: AdapterFiles, lora: str, run: Run, figure: Figure) -> Iterator[Row]:
+def rows(engine: Engine, files: AdapterFiles, lora: str, batch: int, run: Run, figure: Figure) -> Iterator[Row]:
     """The wanted rows, while the budget lasts."""
-    largest = engine.sizes.max_num_batched_tokens - DECODING
-    decoding = Decoding(engine, files, lora)
-    for chunk in (*(c for c in CHUNKS if c < largest), largest):
-        if figure.wants(batch=DECODING, lora=lora, chunk=chunk):
-            if not run.has_time_for(ROW_S):
-                break
+    largest = engine.sizes.max_num_batched_tokens - batch
+    chunks = (*(c for c in CHUNKS if c < largest), largest)
+    wanted = [chunk for chunk in chunks if figure.wants(batch=batch, lora=lora, chunk=chunk)]
+    if not wanted or not run.has_time_for(ROW_S):
+        return
+    decoding = Decoding(engine, files, lora, batch)
+    for chunk in wanted:
+        if run.has_time_for(ROW_S):
             ms, host_ms = decoding.measure(chunk)
             yield {
-                "batch": DECODING,
+                "batch": batch,
                 "lora": lora,
                 "chunk": chunk,
                 "ms": round(ms, 3),
@@ -109,13 +120,13 @@ def main(run: Run) -> None:
             running_engine(
                 MODEL,
                 Path(folder),
-                max_num_seqs=DECODING + SPARE_ROWS,
+                max_num_seqs=max(BATCHES) + SPARE_ROWS,
                 max_model_len=MAX_LEN,
-                adapter_bytes=resident_bytes(model, DECODING + 1),
+                adapter_bytes=resident_bytes(model, max(BATCHES) + 1),
             ) as engine,
         ):
-            for lora in LORAS:
-                for row in rows(engine, files, lora, run, figure):
+            for batch, lora in itertools.product(BATCHES, LORAS):
+                for row in rows(engine, files, lora, batch, run, figure):
                     figure.add(row)
 
 

@@ -26,7 +26,9 @@ from medley_worker.engine.parallel.followers import Followers
 from medley_worker.engine.rows import RowTable
 from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sizing import EngineSizes
+from medley_worker.engine.step_inputs import bucket_for
 from medley_worker.models import Decoder, KVCache
+from medley_worker.models.decoder import Attend
 from medley_worker.ops.lora import LoraBatch, lora_apply
 
 LOADED_WITH_CUDA = (
@@ -195,6 +197,36 @@ class Graphs:
         self.captured[bucket, has_lora]()
 
 
+class TrunkGraphs:
+    """A replay computes the padded run again, from what lies at its inputs' places then."""
+
+    def __init__(self, decoder: Decoder, buckets: Sequence[int]) -> None:
+        self.decoder, self.buckets = decoder, buckets
+        self.token_ids = torch.zeros(buckets[-1], dtype=torch.int64)
+
+    def has(self, num_tokens: int, has_lora: bool) -> bool:
+        del has_lora
+        return num_tokens <= self.buckets[-1]
+
+    def capture(self, lora: object | None) -> None: ...
+
+    def replay(self, token_ids: Tensor, has_lora: bool, attend: Attend) -> tuple[Tensor, Tensor]:
+        num_tokens = len(token_ids)
+        self.token_ids[:num_tokens] = token_ids
+        padded = self.token_ids[: bucket_for(self.buckets, num_tokens)]
+        pieces = self.decoder.pieces(padded, LoraBatch({}, 0) if has_lora else None)
+        config = self.decoder.config
+        try:
+            layer, qkv = next(pieces)
+            while True:
+                y = torch.full((len(padded), config.num_heads * config.head_dim), math.nan)
+                attend(layer, qkv[:num_tokens], y[:num_tokens])
+                layer, qkv = pieces.send(y)
+        except StopIteration as end:
+            x, residual = end.value
+            return x[:num_tokens], residual[:num_tokens]
+
+
 def flashinfer() -> ModuleType:
     module: Any = ModuleType("flashinfer")
     for name in ("rmsnorm", "fused_add_rmsnorm", "silu_and_mul", "fast_decode_plan", "append_paged_kv_cache"):
@@ -207,9 +239,10 @@ def flashinfer() -> ModuleType:
 
 
 class Latest(threading.local):
-    """The work list that is in place on a thread's device."""
+    """The work list that is in place on a thread's device, and of how many tokens it is."""
 
     batch: LoraBatch | None = None
+    num_tokens = 0
 
 
 def logits(_: object, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -241,7 +274,8 @@ def cuda_forward(
     latest = Latest()
 
     def sgmv_apply(y: Tensor, x: Tensor, group: str, layer: int, _: object) -> None:
-        lora_apply(y, x, group, layer, latest.batch)  # as the kernel does: whatever work list is in place
+        # As the kernel does: whatever work list is in place, and nothing of rows beyond it.
+        lora_apply(y[: latest.num_tokens], x[: latest.num_tokens], group, layer, latest.batch)
 
     for module in (forward, passes, backend):
         monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
@@ -249,6 +283,7 @@ def cuda_forward(
     monkeypatch.setattr(backend.CudaBackend, "logits", logits)
     monkeypatch.setattr(forward, "greedy", greedy)
     monkeypatch.setattr(passes, "DecodeGraphs", Graphs)
+    monkeypatch.setattr(passes, "TrunkGraphs", TrunkGraphs)
     monkeypatch.setattr(attention, "check_supported", lambda *_: None)
 
     def prepare(decoder: Decoder, kv: KVCache, cache: AdapterCache | AdapterMemory) -> Any:
@@ -262,6 +297,7 @@ def cuda_forward(
 
         def kept_lora_batch(keys: Any, num_tokens: Any, **options: bool) -> Any:
             latest.batch = lora_batch(keys, num_tokens, **options)  # type: ignore[assignment]
+            latest.num_tokens = sum(num_tokens)
             return latest.batch
 
         monkeypatch.setattr(cache, "lora_batch", kept_lora_batch)

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_by_its_name_in_bytes(
 
 
 def test_a_small_device_keeps_half_of_what_is_left_for_pages(model: BaseModel) -> None:
-    got = sizes(model, DeviceMemory(3 * GIB, 13 * GIB), max_num_seqs=8, max_num_batched_tokens=256)
+    got = sizes(model, DeviceMemory(4 * GIB, 13 * GIB), max_num_seqs=8, max_num_batched_tokens=256)
     assert got.num_pages * SHAPE.page_bytes > got.num_tiles * SHAPE.tile_bytes > GIB // 2
 
 

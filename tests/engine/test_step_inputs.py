@@ -11,14 +11,18 @@ from medley_worker.engine.plans import Chunk, StepPlan
 from medley_worker.engine.rows import NO_TOKEN, RowTable
 from medley_worker.engine.sequences import Sequence
 from medley_worker.engine.step_inputs import (
+    TOKEN_BUCKETS,
     BlockLayout,
     StepContents,
     bucket_for,
     empty_contents,
     row_buckets,
     step_contents,
+    token_buckets,
 )
 from medley_worker.engine.token_passes import token_passes
+from medley_worker.ops.lora_stage import AdapterTiles
+from medley_worker.ops.sgmv import LARGE_ROWS, LARGE_TOKENS, SMALL_ROWS, _block_rows
 
 PAGE, SPARE_PAGE = 4, 99
 
@@ -29,6 +33,28 @@ def test_buckets_grow_with_the_rows_and_end_with_all_of_them() -> None:
     assert row_buckets(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
     assert row_buckets(100)[-3:] == (80, 96, 100)
     assert row_buckets(512)[11:] == (80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+
+def test_steps_with_prompts_have_buckets_up_to_the_longest_step_or_512_tokens() -> None:
+    assert token_buckets(9) == (16,)
+    assert token_buckets(16) == (16,)
+    assert token_buckets(100) == (16, 32, 48, 64, 80, 96, 112)
+    assert token_buckets(4096)[-10:] == (240, 256, 288, 320, 352, 384, 416, 448, 480, 512)
+
+
+def test_a_step_that_replays_graphs_has_the_items_they_were_captured_with() -> None:
+    """Others have large items where prompts nearly fill them."""
+    adapter = AdapterTiles(0, {}, torch.zeros(1), {})
+
+    def rows(num_decode: int, *chunks: int) -> int:
+        num_tokens = [1] * num_decode + list(chunks)
+        starts = np.cumsum([0, *num_tokens]).tolist()
+        return _block_rows([(adapter, *span) for span in zip(starts, num_tokens, strict=False)], num_tokens)
+
+    assert TOKEN_BUCKETS[-1] < LARGE_TOKENS
+    assert rows(0, LARGE_TOKENS - 1) == rows(4 * LARGE_TOKENS) == rows(1, 2) == SMALL_ROWS
+    assert rows(0, 1024) == rows(0, *[256] * 8) == rows(4, 2000) == LARGE_ROWS
+    assert rows(128, 1920) == rows(172, *[160] * 11) == SMALL_ROWS
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 57, 64, 130, 300])

@@ -46,7 +46,9 @@ class HostGroup:
 
 
 class NoGraphs:
-    """`DecodeGraphs` that has none."""
+    """`DecodeGraphs` and `TrunkGraphs` that have none."""
+
+    def __init__(self, *_: object) -> None: ...
 
     def has(self, *_: object) -> bool:
         return False
@@ -63,6 +65,7 @@ def share_it(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "RankGroup", HostGroup)
     patch.setattr(assembly, "check_devices", lambda _: None)
     patch.setattr(cuda_passes, "DecodeGraphs", NoGraphs)
+    patch.setattr(cuda_passes, "TrunkGraphs", NoGraphs)
     patch.setattr(followers, "PROCESS", "one_gpu")
     here = str(Path(__file__).parent)
     patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))

@@ -1,8 +1,8 @@
 """`forward.Forward` on CUDA, one step ahead of the host: inputs up in one copy, results down in one.
 
 Owns the memory that steps write at fixed places, on the device and pinned; passes (cuda_passes.py) read theirs. Steps
-of decode rows alone replay graphs; steps with prompt chunks run operator by operator. It decides nothing: what runs is
-the plan's. The other ranks of the model are told each pass before it is launched.
+of decode rows alone draw within their graph; where prompt chunks run too, what is drawn is launched after them. It
+decides nothing: what runs is the plan's. The other ranks of the model are told each pass before it is launched.
 
 | memory | written by | read by |
 | last_token | each draw | the next step, for rows whose newest token the host has not read |
@@ -137,12 +137,12 @@ class CudaForward(CudaPasses):
             lora = self._lora(contents)
             self._send(contents)
             if plan.chunks:
-                return self._launch_eagerly(contents, lora, asked)
+                return self._launch_mixed(contents, lora, asked)
             return self._launch_decode(contents, lora, asked)
 
-    def _launch_eagerly(self, contents: StepContents, lora: SgmvBatch | None, asked: Asked) -> CudaTicket:
+    def _launch_mixed(self, contents: StepContents, lora: SgmvBatch | None, asked: Asked) -> CudaTicket:
         num_rows = len(contents.sampled_rows)
-        x, residual = self._decoder.trunk(self._batch(contents, lora, None), self._kv)
+        x, residual = self._mixed(contents, lora)
         asked.score_trunk(self._decoder, x, residual, num_padded=contents.num_decode_rows - contents.num_real_rows)
         logits = self._decoder.head(x, residual, self._fields.logit_rows[:num_rows])
         results, rows = Results.cut(self._results, num_rows), self._fields.sampled_rows[:num_rows].to(torch.int64)

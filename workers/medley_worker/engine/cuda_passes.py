@@ -1,4 +1,7 @@
-"""One pass through a model's layers on CUDA: inputs up in one copy from fixed places, graphs for decode rows alone.
+"""One pass through a model's layers on CUDA: inputs up in one copy from fixed places, then graphs.
+
+Passes of decode rows alone replay one graph, those with prompt chunks a run of graphs with attention between them, up
+to a number of tokens beyond which launching operator by operator takes the host no longer than the device computes.
 
 Owns the memory that passes read at fixed places, on the device and pinned, and the graphs. Every rank of a model runs
 the same passes; what is drawn from them is rank 0's matter (cuda_forward.py).
@@ -20,12 +23,13 @@ from torch import Tensor
 from medley_worker.engine.adapter_memory import AdapterMemory, Lora
 from medley_worker.engine.decode_graphs import DecodeGraphs
 from medley_worker.engine.parallel.messages import PassArrays
-from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets
+from medley_worker.engine.step_inputs import BlockLayout, StepContents, empty_contents, row_buckets, token_buckets
+from medley_worker.engine.trunk_graphs import TrunkGraphs
 from medley_worker.models import Decoder, ForwardBatch, KVCache
 from medley_worker.ops.memory import Memory
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
-from medley_worker.ops.sgmv import PREFILL_TOKENS, SgmvBatch, SgmvLora
+from medley_worker.ops.sgmv import SgmvBatch, SgmvLora
 
 NUM_BUFFERS = 2  # one step runs, the next is being launched
 WARM_UP_CHUNK = 2  # tokens
@@ -101,11 +105,15 @@ class CudaPasses:
             memory=memory,
         )
         self._inputs = cycle([_Input(self._layout, self._attention.windows) for _ in range(NUM_BUFFERS)])
-        self._graphs = DecodeGraphs()
+        self._new_graphs()
 
     def close(self) -> None:
         """Let go of the graphs: a group's communicator outlives none that it is captured in."""
+        self._new_graphs()
+
+    def _new_graphs(self) -> None:
         self._graphs = DecodeGraphs()
+        self._trunk_graphs = TrunkGraphs(self._decoder, token_buckets(self._layout.max_tokens))
 
     def _compute_decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         """A step of decode rows alone, as it is captured."""
@@ -167,21 +175,31 @@ class CudaPasses:
         self._compute_decode(contents, lora)
         self._graphs.capture(bucket, has_lora, lambda: self._compute_decode(contents, lora))
 
+    def _mixed(self, contents: StepContents, lora: SgmvBatch | None) -> tuple[Tensor, Tensor]:
+        """The trunk of a step with prompt chunks: (x, residual), [T, H] each."""
+        batch = self._batch(contents, lora, None)
+        if not self._trunk_graphs.has(contents.num_tokens, lora is not None):
+            return self._decoder.trunk(batch, self._kv)
+        attend = self._decoder.attention(batch, self._kv)
+        return self._trunk_graphs.replay(batch.token_ids, lora is not None, attend)
+
     def _warm_up(self) -> None:
         """Build every kernel and capture the steps of each bucket, the largest first."""
         spare_row, spare_page = self._spare_row, self._kv.spare_page
+        lora = self._lora_memory.lora
+        capture_lora = lora.capture_batch() if isinstance(lora, SgmvLora) and self._lora_memory.num_tiles else None
         if not self._is_invariant:
             contents = empty_contents(0, WARM_UP_CHUNK, spare_row, spare_page)
             self._send(contents)
             self._decoder.trunk(self._batch(contents, None, None), self._kv)
+            for batch in (None,) if capture_lora is None else (None, capture_lora):
+                self._trunk_graphs.capture(batch)
         for bucket in reversed(self._buckets):
             contents = empty_contents(bucket, 0, spare_row, spare_page)
             self._send(contents)
             self._decode(contents, None)
-            # Work lists of more rows have other items, which their first step captures.
-            lora = self._lora_memory.lora
-            if isinstance(lora, SgmvLora) and self._lora_memory.num_tiles and bucket < PREFILL_TOKENS:
-                self._decode(contents, lora.capture_batch())
+            if capture_lora is not None:
+                self._decode(contents, capture_lora)
         torch.cuda.synchronize()
 
 
@@ -220,7 +238,7 @@ class CudaFollowerPasses(CudaPasses):
         with torch.inference_mode(), torch.cuda.device(self._decoder.device):
             self._send(contents)
             if contents.num_sequences > num_decode_rows:
-                self._decoder.trunk(self._batch(contents, lora, None), self._kv)
+                self._mixed(contents, lora)
             else:
                 self._decode(contents, lora)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from medley.spec.base_models import BaseModel
 from medley.spec.wire import EngineConfig
+from medley_worker.engine.step_inputs import token_buckets
 
 # Tokens of a step where none are asked for. Beyond these a step gets longer without getting more efficient.
 STEP_TOKENS = {"cpu": 1024, "cuda": 2048}
@@ -21,8 +22,9 @@ CUDA_ADAPTER_SHARE = 0.2  # of what is free after weights and activations
 CPU_HOST_BYTES = 1 << 30
 CUDA_HOST_BYTES = 16 << 30
 CUDA_HOST_SHARE = 0.5  # of the machine's free memory
-# Kernels and their workspaces, the graphs' own pools, what allocators round up.
+# Kernels and their workspaces, the graphs of decode steps, what allocators round up.
 CUDA_FIXED_BYTES = 1 << 30
+GRAPH_BYTES = 160 << 10  # of the device's, a graph of what lies between two attentions (one H200, CUDA 13.0)
 # A context, which is there before memory is asked for what is free.
 CUDA_CONTEXT_BYTES = 512 << 20
 # A logit on its way to a token: the model's dtype, float32 twice, sorted with its place, the noise's two hashes.
@@ -108,13 +110,17 @@ def activation_bytes(model: BaseModel, dtype_bytes: int, step_tokens: int, num_r
     """What a step needs beside weights, KV and adapters, by estimate.
 
     A token's widest moment: the residual and its norm, q, k, v and the attention's output, gate, up and their
-    product; half as much again for what the allocator cannot use in between. Then the logits of each row, and what
-    more than two ranks take to add in their order.
+    product; half as much again for what the allocator cannot use in between. Then the logits of each row, what more
+    than two ranks take to add in their order, and the graphs of steps with prompts, with and without LoRA, and their
+    tokens.
     """
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     a_token = (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype_bytes
     sums = step_tokens * model.hidden_size * (num_ranks * dtype_bytes + 4) if num_ranks > 2 else 0
-    return step_tokens * a_token * 3 // 2 + num_rows * model.vocab_size * LOGIT_BYTES + sums + CUDA_FIXED_BYTES
+    buckets = token_buckets(step_tokens + num_rows)
+    graphs = 2 * len(buckets) * (model.num_layers + 1) * GRAPH_BYTES + buckets[-1] * a_token
+    logits = num_rows * model.vocab_size * LOGIT_BYTES
+    return step_tokens * a_token * 3 // 2 + logits + sums + graphs + CUDA_FIXED_BYTES
 
 
 def host_copy_bytes(config: EngineConfig, free_host_bytes: int) -> int:

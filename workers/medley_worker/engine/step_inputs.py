@@ -26,6 +26,8 @@ Array = TypeVar("Array", Int32s, Tensor)
 # (rows up to, step between buckets): a padded row costs little, a captured graph memory and time at start-up.
 BUCKET_STEPS = ((64, 8), (128, 16), (256, 32))
 LAST_BUCKET_STEP = 64
+# Of steps with prompt chunks, by tokens. The last: a longer step takes the device longer than the host to launch.
+TOKEN_BUCKETS = (*range(16, 256, 16), *range(256, 513, 32))
 ALIGNMENT = 4  # numbers: 16 bytes
 
 
@@ -36,6 +38,11 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
         step = next((step for end, step in BUCKET_STEPS if buckets[-1] < end), LAST_BUCKET_STEP)
         buckets.append(buckets[-1] + step)
     return (*(bucket for bucket in buckets if bucket < max_rows), max_rows)
+
+
+def token_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Ascending numbers of tokens that steps with prompt chunks, of up to `max_tokens`, are padded to."""
+    return TOKEN_BUCKETS[: bisect_left(TOKEN_BUCKETS, max_tokens) + 1]
 
 
 def bucket_for(buckets: Sequence[int], num_rows: int) -> int:

@@ -5,7 +5,9 @@ Owns packed weights and the forward pass. It does not know files, requests or wh
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +45,18 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor | None  # [H]
     lm_head: Tensor | None  # [H, V]
+
+
+# Yields (layer, its qkv [T, n D]) where attention is due and is sent [T, Hq D]; returns (x, residual), [T, H] each.
+Pieces = Generator[tuple[int, Tensor], Tensor, tuple[Tensor, Tensor]]
+
+
+class Attend(Protocol):
+    """One step's attention. Appends the new keys and values of layer `index` to the cache."""
+
+    def __call__(self, index: int, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+        """qkv: [T, n D], may be mutated. Returns [T, Hq D], `out` where given."""
+        ...
 
 
 class Decoder:
@@ -90,19 +104,47 @@ class Decoder:
     @torch.inference_mode()
     def trunk(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
         """What `head` makes logits of: (the last layer's output, the residual), [T, H] each. Writes into `kv`."""
-        if batch.attention.fresh_pages is not None:
-            kv.clear(batch.attention.fresh_pages)
+        attend = self.attention(batch, kv)
+        pieces = self.pieces(batch.token_ids, batch.lora)
+        try:
+            at = next(pieces)
+            while True:
+                at = pieces.send(attend(*at))
+        except StopIteration as end:
+            found: tuple[Tensor, Tensor] = end.value
+            return found
+
+    def pieces(self, token_ids: Tensor, lora: object | None) -> Pieces:
+        """The trunk but for attention, where it stops in each layer. What lies between knows no sequences and no pages.
+
+        token_ids: [T] int64.
+        """
         ops, weights = self._ops, self._weights
-        rope = ops.rope(batch.positions)
-        residual = self._embed(batch.token_ids)  # [T, H]
+        residual = self._embed(token_ids)  # [T, H]
         x = ops.rms_norm(residual, weights.layers[0].input_norm)
         for index, layer in enumerate(weights.layers):
             if index > 0:
                 x = ops.add_rms_norm(x, residual, layer.input_norm)
-            x = self._attention(x, index, layer, batch, kv, rope)
+            qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
+            ops.lora_apply(qkv, x, "qkv", index, lora)
+            y = yield index, qkv
+            x = self._project(y, index, layer, lora)
             x = ops.add_rms_norm(x, residual, layer.post_norm)
-            x = self._mlp(x, index, layer, batch)
+            x = self._mlp(x, index, layer, lora)
         return x, residual
+
+    def attention(self, batch: ForwardBatch, kv: KVCache) -> Attend:
+        """What computes the attention of `batch`, layer by layer."""
+        if batch.attention.fresh_pages is not None:
+            kv.clear(batch.attention.fresh_pages)
+        ops, layers, windows = self._ops, self._weights.layers, self.config.layer_windows
+        rope = ops.rope(batch.positions)
+
+        def attend(index: int, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+            cache = (kv.k[index], kv.v[index])
+            return ops.attention(qkv, layers[index].qk_norm, rope, cache, batch.attention, windows[index], out)
+
+        return attend
 
     @torch.inference_mode()
     def head(self, x: Tensor, residual: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -132,28 +174,22 @@ class Decoder:
         self._ranks.spread(x)
         return x
 
-    def _attention(
-        self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch, kv: KVCache, rope: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Attention of layer `index` with its projections. x: [T, H]. Returns [T, H]."""
+    def _project(self, y: Tensor, index: int, layer: LayerWeights, lora: object | None) -> Tensor:
+        """The output projection of attention's y, [T, Hq D]. Returns [T, H]."""
         ops = self._ops
-        qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
-        ops.lora_apply(qkv, x, "qkv", index, batch.lora)
-        cache, window = (kv.k[index], kv.v[index]), self.config.layer_windows[index]
-        y = ops.attention(qkv, layer.qk_norm, rope, cache, batch.attention, window)
         out = ops.linear(y, layer.o)
         # A rank's part of the update goes into its part of the product, so that one sum is of both.
-        ops.lora_apply(out, y, "o", index, batch.lora)
+        ops.lora_apply(out, y, "o", index, lora)
         self._ranks.add(out)
         return out
 
-    def _mlp(self, x: Tensor, index: int, layer: LayerWeights, batch: ForwardBatch) -> Tensor:
+    def _mlp(self, x: Tensor, index: int, layer: LayerWeights, lora: object | None) -> Tensor:
         """The gated MLP of layer `index`. x: [T, H]. Returns [T, H]."""
         ops = self._ops
         gate_up = ops.linear(x, layer.gate_up)
-        ops.lora_apply(gate_up, x, "gate_up", index, batch.lora)
+        ops.lora_apply(gate_up, x, "gate_up", index, lora)
         inner = ops.silu_mul(gate_up)
         out = ops.linear(inner, layer.down)
-        ops.lora_apply(out, inner, "down", index, batch.lora)
+        ops.lora_apply(out, inner, "down", index, lora)
         self._ranks.add(out)
         return out

@@ -63,8 +63,9 @@ class Backend(Protocol):
         cache: LayerCache,
         plan: StepPlan,
         window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Normalise and turn q and k, append k and v to the cache, attend. Returns [T, Hq D].
+        """Normalise and turn q and k, append k and v to the cache, attend. Returns [T, Hq D], `out` where given.
 
         qkv: [T, n D], may be mutated. qk_norm: [Hq + Hkv, D] or None. window: keys a query sees; None: all.
         """
@@ -114,6 +115,7 @@ class CpuBackend:
         cache: LayerCache,
         plan: StepPlan,
         window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(plan, AttentionPlan)
         config = self._config
@@ -126,7 +128,8 @@ class CpuBackend:
         qk = apply_rope(qk, cos, sin)
         q, k = qk[:, :num_heads].contiguous(), qk[:, num_heads:]
         append_kv(k, v, *cache, plan)
-        return paged_attention(q, *cache, plan, window)
+        y = paged_attention(q, *cache, plan, window)
+        return y if out is None else out.copy_(y)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(gate_up)

@@ -68,6 +68,7 @@ class CudaBackend:
         cache: LayerCache,
         plan: StepPlan,
         window: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(plan, PagedPlan)
         config = self._config
@@ -82,13 +83,14 @@ class CudaBackend:
         append_paged_kv_cache(
             k, v, plan.sequences, positions, cache, plan.kv_indices, plan.kv_indptr, plan.last_page_len
         )
-        y = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+        out = qkv.new_empty((len(qkv), num_heads * head_dim)) if out is None else out
+        y = out.view(len(qkv), num_heads, head_dim)
         split = plan.num_decode_rows
         if split:
             plan.decode[window].run(q[:split], cache, out=y[:split])
         if plan.prefill:
             plan.prefill[window].run(q[split:], cache, out=y[split:])
-        return y.view(len(qkv), num_heads * head_dim)
+        return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         y: Tensor = silu_and_mul(gate_up)

@@ -72,17 +72,22 @@ class Range:
 
 
 class _Bytes:
-    """How torch takes a range for a tensor, which holds on to this. The range ends with it."""
+    """How torch takes bytes at an address for a tensor, which holds on to this."""
 
-    def __init__(self, owned: Range) -> None:
+    def __init__(self, address: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {
-            "shape": (owned.num_bytes,),
+            "shape": (num_bytes,),
             "typestr": "|u1",
-            "data": (owned.address, False),
+            "data": (address, False),
             "strides": None,
             "version": 3,
         }
-        weakref.finalize(self, owned.free).atexit = False
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, without a hold on its memory: for what a graph's pool owns and its replays write."""
+    place = _Bytes(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+    return torch.as_tensor(place, device=tensor.device).view(tensor.dtype).view(tensor.shape)
 
 
 class PinnedCopy:
@@ -115,7 +120,8 @@ class _Block:
 
     def __init__(self, library: Kernels, device: torch.device, num_bytes: int) -> None:
         self.range = Range(library, _index(device), num_bytes)
-        holder = _Bytes(self.range)
+        holder = _Bytes(self.range.address, self.range.num_bytes)
+        weakref.finalize(holder, self.range.free).atexit = False  # the range ends with its tensor
         for _ in self.range.map():
             pass
         self.memory = torch.as_tensor(holder, device=torch.device("cuda", _index(device)))  # [bytes] uint8

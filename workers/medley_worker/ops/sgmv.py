@@ -29,8 +29,9 @@ __all__ = ["SgmvBatch", "SgmvLora", "fragment_layout", "sgmv_apply"]
 
 # Rows of a work item. The larger one reads weights a quarter as often, the smaller one leaves registers for more
 # warps; a row's bits are the same in both.
-DECODE_ROWS, PREFILL_ROWS = BLOCK_ROWS = (8, 32)
-PREFILL_TOKENS = 1024  # tokens of a step from which the larger one is used
+SMALL_ROWS, LARGE_ROWS = BLOCK_ROWS = (8, 32)
+# Large items pay where they are nearly full: there must be so many times fewer of them, in a step of so many tokens.
+LARGE_SHARE, LARGE_TOKENS = 3, 1024
 # Segments past one for each adapter and phase, for callers that do not sort.
 SPARE_ITEMS = 512
 HEADER_BYTES = HEADER * 4
@@ -110,8 +111,8 @@ class SgmvLora:
         self._calls: dict[tuple[str, int, int], Call] = {}
 
     def capture_batch(self) -> SgmvBatch:
-        """What a graph of decode rows is captured with: it reads whatever list is in place when it runs."""
-        return SgmvBatch(self, DECODE_ROWS, 0)
+        """What a graph is captured with: it reads whatever list of small items is in place when it runs."""
+        return SgmvBatch(self, SMALL_ROWS, 0)
 
     def batch(
         self, adapters: Sequence[AdapterTiles | None], num_tokens: Sequence[int], block_rows: int | None = None
@@ -127,7 +128,7 @@ class SgmvLora:
         if not segments:
             return None
         if block_rows is None:
-            block_rows = PREFILL_ROWS if sum(num_tokens) >= PREFILL_TOKENS else DECODE_ROWS
+            block_rows = _block_rows(segments, num_tokens)
         distinct = {adapter.load_id: adapter for adapter, _, _ in segments}
         if len(distinct) > self._max_adapters:
             raise ValueError(f"adapters: got {len(distinct)} distinct ones, wanted at most {self._max_adapters}")
@@ -289,6 +290,14 @@ def _group(layout: FragmentLayout, group: GroupShape) -> Group:
         model_sites=len(SITES),
         num_layers=layout.num_layers,
     )
+
+
+def _block_rows(segments: list[tuple[AdapterTiles, int, int]], num_tokens: Sequence[int]) -> int:
+    """Rows of a step's items. Small ones where it may replay a graph: of decode rows alone, or of fewer tokens."""
+    if max(num_tokens) == 1 or sum(num_tokens) < LARGE_TOKENS:
+        return SMALL_ROWS
+    num_small, num_large = (sum(-(-count // rows) for _, _, count in segments) for rows in BLOCK_ROWS)
+    return LARGE_ROWS if num_small >= LARGE_SHARE * num_large else SMALL_ROWS
 
 
 def _segments(
