@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 import click
 import torch
@@ -15,7 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.results import Figure, Row, Run, part_options
-from benchmarks.gpu.step import Case, ModelRows, busy_us, rows_of
+from benchmarks.gpu.step import Case, ModelRows, rows_of
 
 KEY = ("batch", "lora", "kernel")
 CASES = (Case("7b", 32, "none"), Case("7b", 32, "distinct"), Case("7b", 64, "none"), Case("7b", 64, "distinct"))
@@ -43,6 +44,16 @@ def short_name(name: str) -> str:
     """A kernel's name without its return type and parameters."""
     plain = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     return re.sub(r"\((?!.*<).*$", "", plain)[:MAX_NAME]
+
+
+def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals: kernels may overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        if end > reached:
+            total += end - max(start, reached)
+            reached = end
+    return total
 
 
 def kernel_rows(case: Case, few: Spans, many: Spans) -> list[Row]:

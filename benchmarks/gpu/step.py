@@ -2,9 +2,9 @@
 
 ms: the time of 200 new tokens less that of 40, over 160, for prompts of 64 tokens; median of three. The mean
 context of those steps is 184 tokens. host_ms: the engine's own time a step in which it did not wait for the device.
-graph_ms: device time of a decode step (the union of its kernels' times as the profiler has them), with
---device-time, after all rows are timed; null without. floor_ms: `floors.step_floor_s`. --batch-invariant: the same of
-engines whose results are bit-equal whatever shares a batch, in a file of its own, `step-batch-invariant.json`.
+graph_ms: that step's captured graph alone, replayed at once behind itself where the context is 184. floor_ms:
+`floors.step_floor_s`. --batch-invariant: the same of engines whose results are bit-equal whatever shares a batch, in a
+file of its own, `step-batch-invariant.json`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.engines import Timed, free_memory, requests_of, resident_bytes, running_engine, timed_generate
 from benchmarks.gpu.floors import step_floor_s
@@ -32,6 +31,7 @@ from benchmarks.gpu.workloads import SEED, Job, adapter_counts, adapter_rows
 from benchmarks.record import say
 from medley.spec.base_models import BaseModel
 from medley_worker import Engine
+from medley_worker.engine.step_inputs import bucket_for
 
 KEY = ("model", "batch", "lora")
 BATCHES = (32, 64, 1, 8, 16, 128, 256)
@@ -39,10 +39,9 @@ LORAS = ("none", "distinct", "identical", "uniform")
 PROMPT, SHORT, LONG, ROUNDS = 64, 40, 200, 3
 CTX = PROMPT + (SHORT + LONG) // 2
 MAX_MODEL_LEN = PROMPT + LONG + 8
-PROFILED = (40, 56)  # new tokens of the two profiled runs
+WARM_UP, REPLAYS = 3, 20  # of a graph
 ACTIVATION_BYTES = 8 << 30  # of a step, of graphs, of the libraries: what adapters and KV cache must leave
 START_S = 60.0  # of an engine, its adapters' files and the first step
-PROFILE_S = 6.0  # of a row's two profiled runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Case:
     def is_wanted(self, figure: Figure) -> bool:
         return figure.wants(model=self.model, batch=self.batch, lora=self.lora)
 
-    def lacks_device_time(self, figure: Figure) -> bool:
+    def lacks_graph_time(self, figure: Figure) -> bool:
         row = self.row(figure)
         return row is not None and row["graph_ms"] is None
 
@@ -104,28 +103,29 @@ class ModelRows:
     def floor_s(self, case: Case) -> float:
         return step_floor_s(self._model, case.batch, ctx=CTX, adapter_rows=case.counts, rank=RANK)
 
-    def device_ms(self, case: Case) -> float | None:
-        """Device time of a decode step, or None where the profiler sees no kernels."""
-        busy = []
-        for num_new in PROFILED:
-            with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                self.generate(case, num_new)
-                torch.cuda.synchronize()
-            events = [e.time_range for e in trace.events() if e.device_type == DeviceType.CUDA]
-            busy.append(busy_us((e.start, e.end) for e in events))
-        if busy[0] == 0:
-            return None
-        return round((busy[1] - busy[0]) / (PROFILED[1] - PROFILED[0]) / 1e3, 3)
-
-
-def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals: kernels may overlap."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        if end > reached:
-            total += end - max(start, reached)
-            reached = end
-    return total
+    def graph_ms(self, case: Case) -> float:
+        """The captured step of the case's rows, replayed by itself at the context that `ms` has in the mean."""
+        engine, names = self._engine, [str(number) for number in range(case.batch)]
+        self.generate(case, 1)  # loads adapters, so that rows begin together
+        jobs = case.jobs(LONG, self._model.vocab_size)
+        for name, request in zip(names, requests_of(jobs, self._files), strict=True):
+            engine.add_request(name, request, stream=False)
+        while engine.stats().num_waiting:
+            engine.step()
+        for _ in range(CTX - PROMPT):
+            engine.step()
+        forward: Any = engine._parts.forward  # no part of the interface: nobody else needs a graph by itself
+        bucket, has_lora = bucket_for(forward._buckets, case.batch), case.lora != "none"
+        for _ in range(WARM_UP):
+            forward._graphs.replay(bucket, has_lora)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPLAYS):
+            forward._graphs.replay(bucket, has_lora)
+        end.record()
+        torch.cuda.synchronize()
+        engine.abort(names)
+        return round(begin.elapsed_time(end) / REPLAYS, 3)
 
 
 def room_for(cases: list[Case], model: BaseModel) -> tuple[int, int]:
@@ -159,10 +159,10 @@ def rows_of(name: str, cases: list[Case], *, batch_invariant: bool) -> Iterator[
             yield ModelRows(engine, model, files), fitting
 
 
-def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool, batch_invariant: bool) -> None:
+def measure_model(name: str, run: Run, figure: Figure, *, batch_invariant: bool) -> None:
     """All wanted rows of a model, while the budget lasts."""
     every = [Case(name, batch, lora) for batch, lora in itertools.product(BATCHES, LORAS)]
-    cases = [case for case in every if case.is_wanted(figure) or (device_time and case.lacks_device_time(figure))]
+    cases = [case for case in every if case.is_wanted(figure) or case.lacks_graph_time(figure)]
     if not cases or not run.has_time_for(START_S):
         return
     with rows_of(name, cases, batch_invariant=batch_invariant) as (rows, fitting):
@@ -171,28 +171,26 @@ def measure_model(name: str, run: Run, figure: Figure, *, device_time: bool, bat
                 if not run.has_time_for(2 * ROUNDS * (SHORT + LONG) * rows.floor_s(case)):
                     return
                 figure.add(rows.measure(case))
-        # The profiler slows what comes after it, so it comes last.
-        for case in fitting if device_time else []:
+        for case in fitting:
             row = case.row(figure)
-            if row is not None and case.lacks_device_time(figure):
-                if not run.has_time_for(PROFILE_S):
+            if row is not None and row["graph_ms"] is None:
+                if not run.has_time_for(2 * (CTX - PROMPT) * rows.floor_s(case)):
                     return
-                figure.add(row | {"graph_ms": rows.device_ms(case)})
+                figure.add(row | {"graph_ms": rows.graph_ms(case)})
 
 
 @click.command()
 @click.option("--models", default="7b,8b,13b", show_default=True, help="Which models, in this order.")
-@click.option("--device-time", is_flag=True, help="Profile the decode step's device time as well.")
 @click.option("--batch-invariant", is_flag=True, help="Of engines whose rows depend on no neighbour, bit for bit.")
 @part_options
-def main(run: Run, models: str, device_time: bool, batch_invariant: bool) -> None:
+def main(run: Run, models: str, batch_invariant: bool) -> None:
     """Measure whole decode steps."""
     what = "step-batch-invariant" if batch_invariant else "step"
     figure = Figure(what, KEY, run, notes=["bf16, random weights, adapters of rank 16 on all seven projections"])
     for name in models.split(","):
         if name not in CONFIGS:
             raise click.BadParameter(f"got {name!r}, wanted some of {', '.join(CONFIGS)}", param_hint="--models")
-        measure_model(name, run, figure, device_time=device_time, batch_invariant=batch_invariant)
+        measure_model(name, run, figure, batch_invariant=batch_invariant)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu.floors import step_floor_s
-from benchmarks.gpu.kernel_times import kernel_rows, short_name
+from benchmarks.gpu.kernel_times import busy_us, kernel_rows, short_name
 from benchmarks.gpu.lora import in_situ_ms
 from benchmarks.gpu.plot import best, points
 from benchmarks.gpu.results import Figure, Run, gpu_name
 from benchmarks.gpu.shapes import adapter_weight_bytes, base_model
-from benchmarks.gpu.step import Case, busy_us
+from benchmarks.gpu.step import Case
 from benchmarks.gpu.workloads import POPULARITIES, adapter_counts, adapter_rows, bulk, punica
 
 DEVICE = "NVIDIA H200"
