@@ -14,11 +14,11 @@ from __future__ import annotations
 import gc
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from medley_worker import Engine, Request, SamplingParams
 ASSETS = Path(__file__).resolve().parents[1] / "app" / "medley" / "demo" / "assets"
 LEVELS = ("default", "batch_invariant")
 MAX_PROMPT = 48
+KEY = ("level", "model", "device", "dtype", "rows", "tokens")
 Adapter = AdapterRef | str
 
 
@@ -130,12 +131,16 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
 
 
-def _subject(stack: ExitStack, device: str, model: Path | None, adapters: Path | None, num: int) -> Subject:
+def _subject(
+    stack: ExitStack, device: str, model: Path | None, name: str | None, adapters: Path | None, num: int
+) -> Subject:
     if model is not None:
         folders = sorted(path for path in (adapters or ASSETS / "none").glob("*/") if path.is_dir())[:num]
         if not folders:
             raise click.BadParameter("wanted a folder of PEFT folders", param_hint="--adapters")
-        return Subject(model.name, model, [str(folder) for folder in folders], "safetensors", _vocab_size(model))
+        return Subject(
+            name or model.name, model, [str(folder) for folder in folders], "safetensors", _vocab_size(model)
+        )
     if device == "cpu":
         folders = sorted((ASSETS / "adapters").iterdir())[:num]
         # Its adapters know printable text alone.
@@ -190,25 +195,23 @@ def _known(engine: Engine, subject: Subject) -> Subject:
 
 
 def _rows(name: str, folder: Path | None) -> list[dict[str, Any]]:
-    """What was measured there before, of other models too."""
+    """What was measured there before, of other models and sizes too."""
     path = (folder or record.RESULTS) / f"{name}-migration.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     return rows
 
 
-def _arguments() -> list[str]:
-    """Without the result's folder, and other folders by their names alone."""
-    arguments = sys.argv[1:]
-    if "--out" in arguments:
-        at = arguments.index("--out")
-        del arguments[at : at + 2]
-    return [Path(argument).name if Path(argument).is_dir() else argument for argument in arguments]
+def _command(device: str, has_model: bool, num_adapters: int) -> str:
+    """What makes these rows, folders apart; sizes are in the rows."""
+    command = f"python -m benchmarks.migration --device {device}"
+    return f"{command} --model MODEL --adapters ADAPTERS --num-adapters {num_adapters}" if has_model else command
 
 
 @click.command()
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--dtype", help="[default: float32 on cpu, bfloat16 on cuda]")
 @click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="A Hugging Face folder.")
+@click.option("--name", help="What the result calls --model.  [default: its folder's name]")
 @click.option("--adapters", "adapter_dir", type=click.Path(file_okay=False, path_type=Path), help="Of --model.")
 @click.option("--num-adapters", default=16, show_default=True)
 @click.option("--jobs", "num_jobs", default=256, show_default=True)
@@ -220,6 +223,7 @@ def main(
     device: str,
     dtype: str | None,
     model: Path | None,
+    name: str | None,
     adapter_dir: Path | None,
     num_adapters: int,
     num_jobs: int,
@@ -232,7 +236,7 @@ def main(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        subject = _subject(stack, device, model, adapter_dir, num_adapters)
+        subject = _subject(stack, device, model, name, adapter_dir, num_adapters)
         for level, engine in _levels(subject, device, dtype, num_rows, num_tokens):
             counts = measure(engine, _known(engine, subject), num_jobs=num_jobs, num_tokens=num_tokens, seed=seed)
             share = counts.parted / counts.moved if counts.moved else 0.0
@@ -253,15 +257,16 @@ def main(
             )
             del engine  # the next one wants its memory
             record.say(f"{level}: {counts.parted} of {counts.moved} moved jobs say something else ({share:.1%})")
-    name = record.machine()
+    machine = record.machine()
     if device != "cpu":
         from benchmarks.gpu.results import gpu_name
 
-        name = gpu_name(torch.cuda.get_device_name())
-    command = f"python -m benchmarks.migration {' '.join(_arguments())}".strip()
-    rows = [row | {"command": command} for row in rows]
-    others = [row for row in _rows(name, out) if row["model"] != subject.name]
-    path = record.write("migration", command, others + rows, name=name, folder=out)
+        machine = gpu_name(torch.cuda.get_device_name())
+    command = _command(device, model is not None, len(subject.adapters))
+    rows = [row | {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": command} for row in rows]
+    done = {tuple(row[field] for field in KEY) for row in rows}
+    others = [row for row in _rows(machine, out) if tuple(row[field] for field in KEY) not in done]
+    path = record.write("migration", command, others + rows, name=machine, folder=out)
     record.say(f"wrote {path}")
     is_exact = device == "cpu" and dtype == "float32"
     wrong = [row for row in rows if row["parted"] and (is_exact or row["level"] == "batch_invariant")]

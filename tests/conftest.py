@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from medley.local.embedded import EmbeddedServers
 
-_TEMPLATE = "medley"
+_templates: dict[date, str] = {}  # migrated databases to clone, by the day whose partitions they have
 _numbers = itertools.count(1)
 
 
@@ -34,7 +35,7 @@ class Database:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
-    """Started PostgreSQL and Redis; `database_url("medley_owner")` is the migrated database all tests clone.
+    """Started PostgreSQL and Redis; `database_url("medley_owner")` is the migrated database that tests clone.
 
     Do not write to that database, nor leave a connection to it open: use `database`.
     """
@@ -45,6 +46,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServe
     data = DataDir.acquire(tmp_path_factory.mktemp("embedded"))
     # Tests kill processes, never the machine: without fsync nothing that they can see changes.
     with EmbeddedServers(data, durable=False, owner_may_create_databases=True) as servers:
+        _templates[datetime.now(UTC).date()] = "medley"
         upgrade(servers.database_url("medley_owner"))
         yield servers
 
@@ -52,19 +54,19 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServe
 @pytest.fixture
 def empty_database(embedded: EmbeddedServers) -> Iterator[Database]:
     """A database without a schema, owned by medley_owner (the roles exist in the cluster)."""
-    yield from _database(embedded, "template0")
+    yield from _cloned(embedded, "template0")
 
 
 @pytest.fixture
 def database(embedded: EmbeddedServers) -> Iterator[Database]:
     """A migrated database of this test's own."""
-    yield from _database(embedded, _TEMPLATE)
+    yield from _cloned(embedded, _template(embedded))
 
 
 @pytest.fixture(scope="module")
 def module_database(embedded: EmbeddedServers) -> Iterator[Database]:
     """A migrated database that the tests of one module share."""
-    yield from _database(embedded, _TEMPLATE)
+    yield from _cloned(embedded, _template(embedded))
 
 
 @pytest.fixture
@@ -84,17 +86,36 @@ def store_url(tmp_path: Path) -> str:
     return (tmp_path / "store").as_uri()
 
 
-def _database(servers: EmbeddedServers, template: str) -> Iterator[Database]:
-    import psycopg
+def _template(servers: EmbeddedServers) -> str:
+    """The name of a migrated database of today, made anew when midnight has passed."""
+    today = datetime.now(UTC).date()
+    if today not in _templates:
+        from medley.db.migrate import upgrade
 
-    url = servers.database_url("medley_owner").replace("+psycopg", "")
-    # Connected to a database that is nobody's template.
-    admin = url.replace("/medley?", "/postgres?")
+        name = f"medley_{today:%Y%m%d}"
+        _create(servers, name, "template0")
+        upgrade(servers.database_url("medley_owner", name))
+        _templates[today] = name
+    return _templates[today]
+
+
+def _cloned(servers: EmbeddedServers, template: str) -> Iterator[Database]:
     name = f"test_{next(_numbers)}"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}".encode())
+    _create(servers, name, template)
     try:
         yield Database(name, servers)
     finally:
-        with psycopg.connect(admin, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+        _execute(servers, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _create(servers: EmbeddedServers, name: str, template: str) -> None:
+    _execute(servers, f"CREATE DATABASE {name} TEMPLATE {template}")
+
+
+def _execute(servers: EmbeddedServers, statement: str) -> None:
+    import psycopg
+
+    # Connected to a database that is nobody's template.
+    admin = servers.database_url("medley_owner").replace("+psycopg", "").replace("/medley?", "/postgres?")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(statement.encode())

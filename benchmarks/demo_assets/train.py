@@ -47,6 +47,8 @@ def main() -> None:
 
     base_budget = Budget(arguments.base_steps, arguments.base_batch, lr=arguments.base_lr)
     num_heads = Shape.hidden // arguments.head_dim
+    if num_heads < 2 or num_heads * arguments.head_dim != Shape.hidden:
+        raise SystemExit(f"--head-dim: got {arguments.head_dim}, wanted half of {Shape.hidden} or a smaller divisor")
     shape = Shape(
         num_layers=arguments.layers, num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=arguments.head_dim
     )

@@ -184,7 +184,7 @@ def greedy(
 class Graphs:
     """A replay computes again what was captured, from what lies at its inputs' places then."""
 
-    def __init__(self) -> None:
+    def __init__(self, _: torch.device) -> None:
         self.captured: dict[tuple[int, bool], Callable[[], None]] = {}
 
     def has(self, bucket: int, has_lora: bool) -> bool:
@@ -195,6 +195,9 @@ class Graphs:
 
     def replay(self, bucket: int, has_lora: bool) -> None:
         self.captured[bucket, has_lora]()
+
+    def clear(self) -> None:
+        self.captured.clear()
 
 
 class TrunkGraphs:
@@ -209,6 +212,8 @@ class TrunkGraphs:
         return num_tokens <= self.buckets[-1]
 
     def capture(self, lora: object | None) -> None: ...
+
+    def clear(self) -> None: ...
 
     def replay(self, token_ids: Tensor, has_lora: bool, attend: Attend) -> tuple[Tensor, Tensor]:
         num_tokens = len(token_ids)

@@ -55,6 +55,8 @@ class NoGraphs:
 
     def capture(self, *_: object) -> None: ...
 
+    def clear(self) -> None: ...
+
 
 def share_it(patch: pytest.MonkeyPatch) -> None:
     """Have the engines of this process share its GPU among their ranks."""

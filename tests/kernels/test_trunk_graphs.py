@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import cuda_models
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from medley_worker import Engine, Request, SamplingParams
 from medley_worker.engine.adapter_memory import AdapterKey
-from medley_worker.engine.cuda_forward import CudaForward
 from medley_worker.engine.step_inputs import TOKEN_BUCKETS, bucket_for
 from medley_worker.models import Decoder
+
+if TYPE_CHECKING:
+    from medley_worker.engine.cuda_forward import CudaForward
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +35,8 @@ def engine(made: Tiny) -> Engine:
 
 
 def forward_of(engine: Engine) -> CudaForward:
+    from medley_worker.engine.cuda_forward import CudaForward  # where there is CUDA
+
     forward = engine._parts.forward
     assert isinstance(forward, CudaForward)
     return forward

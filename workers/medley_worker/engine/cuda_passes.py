@@ -105,15 +105,13 @@ class CudaPasses:
             memory=memory,
         )
         self._inputs = cycle([_Input(self._layout, self._attention.windows) for _ in range(NUM_BUFFERS)])
-        self._new_graphs()
+        self._graphs = DecodeGraphs(device)
+        self._trunk_graphs = TrunkGraphs(decoder, token_buckets(self._layout.max_tokens))
 
     def close(self) -> None:
         """Let go of the graphs: a group's communicator outlives none that it is captured in."""
-        self._new_graphs()
-
-    def _new_graphs(self) -> None:
-        self._graphs = DecodeGraphs()
-        self._trunk_graphs = TrunkGraphs(self._decoder, token_buckets(self._layout.max_tokens))
+        self._graphs.clear()
+        self._trunk_graphs.clear()
 
     def _compute_decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         """A step of decode rows alone, as it is captured."""

@@ -8,7 +8,7 @@ sequences and no pages.
 | token ids | a replay, before its first graph | that graph |
 | qkv of a layer | the graph before its attention | attention |
 | y of a layer | attention | the graph after it |
-| x, residual | the last graph | the replay's caller, until the next replay |
+| x, residual | graphs; as the last one left them | the replay's caller, until the next replay |
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TrunkGraphs:
         self._decoder, self._buckets = decoder, buckets
         self._token_ids = torch.zeros(buckets[-1], dtype=torch.int64, device=decoder.device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(decoder.device)  # type: ignore[no-untyped-call]  # see DecodeGraphs
         self._runs: dict[tuple[int, bool], Run] = {}
 
     def has(self, num_tokens: int, has_lora: bool) -> bool:
@@ -81,6 +81,10 @@ class TrunkGraphs:
             attend(stop.layer, stop.qkv[:num_tokens], stop.y[:num_tokens])
         run.last.replay()
         return run.x[:num_tokens], run.residual[:num_tokens]
+
+    def clear(self) -> None:
+        """Let go of all graphs."""
+        self._runs.clear()
 
     def _record(self, token_ids: Tensor, lora: object | None) -> Run:
         self._rehearse(self._decoder.pieces(token_ids, lora))
