@@ -10,6 +10,7 @@ import pytest
 from api_server import Api, running_api
 from ledger import Ledger
 from shells import Site, make_model
+from staging import Stage
 
 from medley.local.embedded import EmbeddedServers
 
@@ -18,6 +19,13 @@ from medley.local.embedded import EmbeddedServers
 def ledger(module_database: Any) -> Iterator[Ledger]:
     """On the database that the tests of one module share."""
     made = Ledger(module_database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stage(module_database: Any, redis_url: str) -> Iterator[Stage]:
+    made = Stage(module_database, redis_url)
     yield made
     made.close()
 

@@ -1,122 +1,22 @@
-"""The dispatcher on real rows and a real Redis: it leads, claims, rings, takes back, wakes; and ends in good order."""
+"""The dispatcher on real rows and a real Redis: it claims, rings, takes back, wakes and serves tenants alike."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
-import redis
-from ledger import Ledger
 from sqlalchemy import Connection, text
+from staging import Stage
 from waiting import wait_until
 
-from medley.celery_app import worker_queue
-from medley.config import Settings
 from medley.db import batches, flags
-from medley.db.connections import make_engine, tenant_transaction
+from medley.db.connections import tenant_transaction
 from medley.db.workers import WorkerState
-from medley.dispatcher.loop import Dispatcher
-from medley.dispatcher.plans import Rules
-from medley.rings import DONE_CHANNEL, Ringer, pool_channel
-
-
-class Clock:
-    """A clock that a test moves, so that ticks need no waiting."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.step_s = 0.0
-
-    def __call__(self) -> float:
-        self.now += self.step_s
-        return self.now
-
-
-class Stage:
-    """A ledger with dispatchers whose clock stands in the test's hand."""
-
-    def __init__(self, database: Any, redis_url: str) -> None:
-        self.ledger = Ledger(database)
-        self.clock = Clock()
-        self.redis = redis.Redis.from_url(redis_url)
-        self.settings = Settings(
-            database_url=database.url("medley_work"),
-            redis_url=redis_url,
-            store_url="file:///nowhere",
-            model=None,
-            pool=self.ledger.pool,
-            tick_s=20.0,  # of the stage's clock; terms last 60 s of the database's
-        )
-        self._ringer = Ringer(redis_url)
-        self._engines = [self.ledger.work]
-
-    def dispatcher(self, **rules: Any) -> Dispatcher:
-        engine = make_engine(self.settings.database_url, name="dispatcher", pool_size=1)
-        self._engines.append(engine)
-        return Dispatcher(engine, self.settings, self._ringer, rules=Rules(**rules), clock=self.clock)
-
-    def tick(self, dispatcher: Dispatcher) -> float:
-        """A turn after a whole tick has passed."""
-        self.clock.now += self.settings.tick_s
-        return dispatcher.tick()
-
-    @property
-    def own(self) -> dict[str, str]:
-        return {"pool": self.ledger.pool}
-
-    def end_term(self) -> None:
-        with self.ledger.working() as conn:
-            conn.execute(text("UPDATE leaders SET until = clock_timestamp() WHERE pool = :pool"), self.own)
-
-    def messages(self, worker: UUID, task: str = "medley.run_jobs") -> list[list[str]]:
-        """The ids of each message of a task that waits in the worker's queue, oldest first."""
-        found = []
-        for raw in reversed(self.redis.lrange(worker_queue(worker), 0, -1)):
-            message = json.loads(raw)
-            if message["headers"]["task"] == task:
-                args, _, _ = json.loads(base64.b64decode(message["body"]))
-                found.append(args[0])
-        return found
-
-    def states(self) -> list[str]:
-        return sorted(row.state for row in self.ledger.jobs().values())
-
-    def desired(self, worker: UUID) -> str:
-        with self.ledger.working() as conn:
-            statement = text("SELECT desired_state FROM workers WHERE id = :id")
-            state: str = conn.execute(statement, {"id": worker}).scalar_one()
-        return state
-
-    def service(self, tenant: UUID) -> float:
-        with self.ledger.working() as conn:
-            statement = text("SELECT service FROM tenant_counters WHERE tenant_id = :id")
-            found: float = conn.execute(statement, {"id": tenant}).scalar_one()
-        return found
-
-    def close(self) -> None:
-        self._ringer.close()
-        self.redis.close()
-        for engine in self._engines:
-            engine.dispose()
-        self.ledger.close()
-
-
-@pytest.fixture
-def stage(module_database: Any, redis_url: str) -> Iterator[Stage]:
-    made = Stage(module_database, redis_url)
-    yield made
-    made.close()
+from medley.rings import DONE_CHANNEL
 
 
 def test_jobs_that_wait_for_what_is_shared_no_longer_are_failed(stage: Stage) -> None:
@@ -251,81 +151,6 @@ def test_what_was_resumed_before_the_place_where_claims_look_is_found(stage: Sta
             first = False
     assert set(stage.states()) == {"succeeded"}
     stage.ledger.check()
-
-
-def test_a_leader_whose_term_ran_out_goes_on_with_what_it_knew_unless_another_has_led(stage: Stage) -> None:
-    """A machine that is too busy for a term must not make a leader begin anew each time: it would never get further."""
-    tenant = stage.ledger.add_tenant()
-    stage.ledger.start_worker(max_num_seqs=2)
-    stage.ledger.submit(tenant, [None] * 8)
-    first, second = stage.dispatcher(), stage.dispatcher()
-    stage.tick(first)
-    known = first._keeper
-    stage.end_term()
-    stage.tick(first)
-    assert first.term == 2
-    assert first._keeper is known
-    stage.end_term()
-    stage.tick(second)
-    assert second.term == 3
-    stage.tick(first)
-    assert first.term is None
-    second.resign()
-    stage.tick(first)
-    assert first.term == 4
-    assert first._keeper is not known
-    stage.ledger.check()
-
-
-def test_a_term_is_prolonged_within_a_turn_that_takes_longer_than_a_tick(stage: Stage) -> None:
-    tenant = stage.ledger.add_tenant()
-    stage.ledger.submit(tenant, [None])
-    dispatcher = stage.dispatcher()
-    stage.tick(dispatcher)
-    stage.clock.step_s = stage.settings.tick_s  # each look at the clock is a tick later
-    with stage.ledger.working() as conn:
-        conn.execute(
-            text("UPDATE leaders SET until = clock_timestamp() + interval '1 s' WHERE pool = :pool"), stage.own
-        )
-    dispatcher._lead.write(lambda _: None)
-    with stage.ledger.working() as conn:
-        left = text("SELECT until > clock_timestamp() + interval '30 s' FROM leaders WHERE pool = :pool")
-        assert conn.execute(left, stage.own).scalar_one()
-    assert dispatcher.term == 1
-
-
-def test_only_one_leads_and_a_standby_follows_a_resignation_at_once(stage: Stage) -> None:
-    tenant = stage.ledger.add_tenant()
-    stage.ledger.start_worker()
-    first, second = stage.dispatcher(), stage.dispatcher()
-    first.tick()
-    stage.ledger.submit(tenant, [None])
-    assert second.tick() == stage.settings.tick_s
-    assert (first.term, second.term) == (1, None)
-    assert stage.states() == ["queued"]
-    first.resign()
-    stage.tick(second)
-    assert (first.term, second.term) == (None, 2)
-    assert stage.states() == ["leased"]
-
-
-def test_a_leader_whose_term_ran_out_unnoticed_claims_nothing(stage: Stage) -> None:
-    tenant = stage.ledger.add_tenant()
-    stage.ledger.start_worker()
-    stopped, second = stage.dispatcher(), stage.dispatcher()
-    stopped.tick()
-    with stage.ledger.working() as conn:
-        conn.execute(
-            text("UPDATE leaders SET until = clock_timestamp() WHERE pool = :pool"), {"pool": stage.ledger.pool}
-        )
-    second.tick()
-    stage.ledger.submit(tenant, [None])
-    stopped.tick()
-    assert stopped.term is None
-    assert stage.states() == ["queued"]
-    stage.tick(second)
-    assert second.term == 2
-    assert stage.states() == ["leased"]
 
 
 def test_jobs_past_their_deadline_expire_and_who_waits_for_them_is_rung(stage: Stage) -> None:
@@ -478,46 +303,3 @@ def test_without_redis_jobs_are_claimed_all_the_same_and_as_fast(stage: Stage, e
     finally:
         embedded.start_redis()
     assert stage.states() == ["leased"] * 300
-
-
-@pytest.fixture
-def process(stage: Stage) -> Iterator[subprocess.Popen[bytes]]:
-    environ = os.environ | {
-        "MEDLEY_DATABASE_URL": stage.settings.database_url,
-        "MEDLEY_REDIS_URL": stage.settings.redis_url,
-        "MEDLEY_STORE_URL": stage.settings.store_url,
-        "MEDLEY_POOL": stage.ledger.pool,
-        "MEDLEY_TICK_S": "0.5",
-    }
-    program = "from medley.config import Settings; from medley.dispatcher.loop import run; run(Settings.from_env())"
-    with subprocess.Popen([sys.executable, "-c", program], env=environ) as running:
-        yield running
-        running.kill()
-
-
-@pytest.mark.faults
-def test_the_process_outlives_its_servers_and_resigns_on_sigterm(
-    stage: Stage, process: subprocess.Popen[bytes], embedded: Any
-) -> None:
-    tenant = stage.ledger.add_tenant()
-    stage.ledger.start_worker(max_num_seqs=100)
-    stage.ledger.submit(tenant, [None] * 3)
-    wait_until(lambda: stage.states() == ["leased"] * 3)
-
-    embedded.kill("postgres")
-    embedded.stop("redis")
-    embedded.start_postgres()
-    embedded.start_redis()
-    stage.ledger.submit(tenant, [None] * 3)
-    wait_until(lambda: stage.states() == ["leased"] * 6)
-
-    # A ring comes sooner than a tick.
-    stage.ledger.submit(tenant, [None])
-    stage.redis.publish(pool_channel(stage.ledger.pool), "")
-    wait_until(lambda: stage.states() == ["leased"] * 7)
-
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 0
-    with stage.ledger.working() as conn:
-        statement = text("SELECT until <= clock_timestamp() FROM leaders WHERE pool = :pool")
-        assert conn.execute(statement, {"pool": stage.ledger.pool}).scalar_one()
