@@ -14,6 +14,7 @@ from medley.spec.base_models import BaseModel, read_base_model
 from medley.spec.peft_config import MAX_RANK
 from medley.spec.wire import EngineConfig
 from medley_worker.engine.adapter_memory import layout_for
+from medley_worker.engine.adapter_names import AdapterNames
 from medley_worker.engine.adapters import AdapterCache
 from medley_worker.engine.forward import Forward, NullForward
 from medley_worker.engine.pacing import Pace
@@ -46,6 +47,7 @@ class Parts:
     rows: RowTable
     pages: PagePool
     residency: CachedResidency
+    names: AdapterNames
     scheduler: Scheduler
     forward: Forward
     pace: Pace | None
@@ -175,7 +177,8 @@ def _assemble(config: EngineConfig, announce: Callable[[Seq[Sequence]], None], f
         followers.await_built()
     usage.settle(memory)
     sleeper = memory if followers is None else RanksMemory(memory, followers)
-    return Parts(model, sizes, rows, pages, residency, scheduler, forward, pace, sleeper, usage, ranks)
+    names = AdapterNames(residency, model)
+    return Parts(model, sizes, rows, pages, residency, names, scheduler, forward, pace, sleeper, usage, ranks)
 
 
 def _meet(followers: Followers, decoder: Decoder) -> Ranks:

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 
 from medley.spec.errors import ErrorCode
-from medley.spec.intake import check_folder
 from medley.spec.jobs import Checkpoint, FinishReason
 from medley.spec.sampling import SEED_LIMIT
 from medley.spec.wire import AdapterRef, EngineConfig, EngineStats
@@ -34,7 +33,6 @@ from medley_worker.engine.sizing import EngineSizes
 from medley_worker.engine.stats import Counters
 
 LOAD_WAIT_S = 0.05  # that a step with nothing to run waits for an adapter, before its caller may do something else
-OFFLINE = "offline"  # stands where the tenant stands in the key of an adapter that has a name only
 
 
 class Engine:
@@ -156,20 +154,11 @@ class Engine:
         Raises ValueError for a name in use, AdapterRefused (a ValueError) with all that is wrong with the files,
         Refused for an adapter that needs more memory than there is, OSError.
         """
-        key = (OFFLINE, name)
-        if self._parts.residency.is_known(key):
-            raise ValueError(f"adapter {name!r} is known already; remove_adapter({name!r}) first")
-        check_folder(Path(adapter_dir), self._parts.model)
-        self._parts.residency.add(key, Path(adapter_dir))
+        self._parts.names.add(name, Path(adapter_dir))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory. Raises KeyError for an unknown name, ValueError while in use."""
-        key = (OFFLINE, name)
-        if any(sequence.adapter == key for sequence in self._sequences.values()):
-            raise ValueError(f"adapter {name!r} is in use by requests in flight")
-        if not self._parts.residency.is_known(key):
-            raise KeyError(name)
-        self._parts.residency.remove(key)
+        self._parts.names.remove(name, self._in_use)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Run `requests` together; their completions in the same order.
@@ -208,7 +197,7 @@ class Engine:
             prompt=prompt,
             sampling=sampling,
             seed=self._random.randrange(SEED_LIMIT) if sampling.seed is None else sampling.seed,
-            adapter=self._key_of(request.adapter),
+            adapter=self._parts.names.key_of(request.adapter, self._in_use),
             priority=priority,
             order=self._order,
             is_streamed=stream,
@@ -337,8 +326,7 @@ class Engine:
 
     def forget(self, adapters: Iterable[AdapterRef]) -> None:
         """Drop these adapters from device and host memory, but for those of requests in flight."""
-        used = {sequence.adapter for sequence in self._sequences.values()}
-        gone = {(ref.tenant, ref.revision) for ref in adapters} - used
+        gone = {(ref.tenant, ref.revision) for ref in adapters} - self._in_use()
         self._parts.scheduler.forget_upcoming(gone)  # or they would be read again
         for key in gone:
             self._parts.residency.remove(key)
@@ -455,24 +443,5 @@ class Engine:
             if self.on_entering is not None:
                 self.on_entering([sequence.request_id for sequence in sequences])
 
-    def _key_of(self, adapter: str | AdapterRef | None) -> AdapterKey | None:
-        if adapter is None:
-            return None
-        if isinstance(adapter, AdapterRef):
-            return self._key_of_ref(adapter)
-        key = (OFFLINE, adapter)
-        if not self._parts.residency.is_known(key):
-            raise Refused(
-                ErrorCode.ADAPTER_UNAVAILABLE, f"adapter: got {adapter!r}, wanted a name given to add_adapter"
-            )
-        return key
-
-    def _key_of_ref(self, ref: AdapterRef) -> AdapterKey:
-        key = (ref.tenant, ref.revision)
-        residency = self._parts.residency
-        if not residency.is_known(key):
-            if residency.is_crowded:
-                in_flight = {sequence.adapter for sequence in self._sequences.values()}
-                residency.prune(lambda known: known[0] == OFFLINE or known in in_flight)
-            residency.add(key, Path(ref.path))
-        return key
+    def _in_use(self) -> set[AdapterKey | None]:
+        return {sequence.adapter for sequence in self._sequences.values()}
