@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,8 +29,9 @@ from medley_worker.engine.scheduler import Scheduler
 from medley_worker.engine.sizing import EngineSizes
 from medley_worker.engine.step_inputs import bucket_for
 from medley_worker.models import Decoder, KVCache
-from medley_worker.models.decoder import Attend
+from medley_worker.models.decoder import Attend, run_pieces
 from medley_worker.ops.lora import LoraBatch, lora_apply
+from medley_worker.ops.sgmv import SMALL_ROWS
 
 LOADED_WITH_CUDA = (
     "medley_worker.engine.cuda_forward",
@@ -219,17 +221,16 @@ class TrunkGraphs:
         num_tokens = len(token_ids)
         self.token_ids[:num_tokens] = token_ids
         padded = self.token_ids[: bucket_for(self.buckets, num_tokens)]
-        pieces = self.decoder.pieces(padded, LoraBatch({}, 0) if has_lora else None)
+        pieces = self.decoder.pieces(padded, WorkList({}, 0) if has_lora else None)
         config = self.decoder.config
-        try:
-            layer, qkv = next(pieces)
-            while True:
-                y = torch.full((len(padded), config.num_heads * config.head_dim), math.nan)
-                attend(layer, qkv[:num_tokens], y[:num_tokens])
-                layer, qkv = pieces.send(y)
-        except StopIteration as end:
-            x, residual = end.value
-            return x[:num_tokens], residual[:num_tokens]
+
+        def attend_padded(layer: int, qkv: Tensor) -> Tensor:
+            y = torch.full((len(padded), config.num_heads * config.head_dim), math.nan)
+            attend(layer, qkv[:num_tokens], y[:num_tokens])
+            return y
+
+        x, residual = run_pieces(pieces, attend_padded)
+        return x[:num_tokens], residual[:num_tokens]
 
 
 def flashinfer() -> ModuleType:
@@ -243,10 +244,17 @@ def flashinfer() -> ModuleType:
     return stand_in
 
 
+@dataclass(frozen=True, slots=True)
+class WorkList(LoraBatch):
+    """`SgmvBatch`: LoraBatch, with items of one size."""
+
+    block_rows: int = SMALL_ROWS
+
+
 class Latest(threading.local):
     """The work list that is in place on a thread's device, and of how many tokens it is."""
 
-    batch: LoraBatch | None = None
+    batch: WorkList | None = None
     num_tokens = 0
 
 
@@ -261,11 +269,7 @@ class Event:
     def synchronize(self) -> None: ...
 
 
-@contextmanager
-def cuda_forward(
-    monkeypatch: pytest.MonkeyPatch, max_tokens: int, is_invariant: bool = False
-) -> Iterator[Callable[..., Any]]:
-    """Within it: a function with ModelForward's arguments that gives a CudaForward of stand-ins."""
+def stand_in_for_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
@@ -273,6 +277,14 @@ def cuda_forward(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda *_: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+
+
+@contextmanager
+def cuda_forward(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, is_invariant: bool = False
+) -> Iterator[Callable[..., Any]]:
+    """Within it: a function with ModelForward's arguments that gives a CudaForward of stand-ins."""
+    stand_in_for_device(monkeypatch)
     for name in LOADED_WITH_CUDA:
         sys.modules.pop(name, None)
     forward, passes, backend, attention = (import_module(name) for name in LOADED_WITH_CUDA)
@@ -283,7 +295,7 @@ def cuda_forward(
         lora_apply(y[: latest.num_tokens], x[: latest.num_tokens], group, layer, latest.batch)
 
     for module in (forward, passes, backend):
-        monkeypatch.setattr(module, "SgmvBatch", LoraBatch)
+        monkeypatch.setattr(module, "SgmvBatch", WorkList)
     monkeypatch.setattr(backend, "sgmv_apply", sgmv_apply)
     monkeypatch.setattr(backend.CudaBackend, "logits", logits)
     monkeypatch.setattr(forward, "greedy", greedy)
@@ -301,7 +313,8 @@ def cuda_forward(
         lora_batch = cache.lora_batch
 
         def kept_lora_batch(keys: Any, num_tokens: Any, **options: bool) -> Any:
-            latest.batch = lora_batch(keys, num_tokens, **options)  # type: ignore[assignment]
+            batch = cast(LoraBatch | None, lora_batch(keys, num_tokens, **options))
+            latest.batch = None if batch is None else WorkList(batch.groups, batch.num_adapters)
             latest.num_tokens = sum(num_tokens)
             return latest.batch
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
-from cuda_stand_ins import cuda_forward
+from cuda_stand_ins import TrunkGraphs, cuda_forward
 from test_judge import PAGE_BYTES_F32
 from test_scores import random_request
 
 from medley_worker import Completion, Engine, Request, SamplingParams
-from medley_worker.engine import assembly
+from medley_worker.engine import assembly, step_inputs
 from medley_worker.engine.sequences import Refused
-from medley_worker.models import load_model
+from medley_worker.models import Decoder, load_model
 from medley_worker.ops.paged import check_supported, window_left, workspace_bytes
 from medley_worker.ops.rope import apply_rope, cos_sin_cache, rope_angles, rope_frequencies
 
@@ -73,9 +74,20 @@ def test_a_step_ahead_the_tokens_are_those_of_one_step_at_a_time(
     adapters = tiny.make_adapters(model_dir, tmp_path)
     requests = mixed_requests(list(adapters))
     expected, _ = run(model_dir, adapters, requests)
+    monkeypatch.setattr(step_inputs, "TOKEN_BUCKETS", (8, 16))  # longer steps run operator by operator
+    replay = mock.create_autospec(TrunkGraphs.replay, side_effect=TrunkGraphs.replay)
+    trunk = mock.create_autospec(Decoder.trunk, side_effect=Decoder.trunk)
     with cuda_forward(monkeypatch, MAX_TOKENS, is_invariant) as build:
         monkeypatch.setattr(assembly, "ModelForward", build)
+        monkeypatch.setattr(TrunkGraphs, "replay", replay)
+        monkeypatch.setattr(Decoder, "trunk", trunk)
         found, preemptions = run(model_dir, adapters, requests)
+    lengths = [len(call.args[1].token_ids) for call in trunk.call_args_list]
+    if is_invariant:
+        assert not replay.called, "all its passes are of decode rows"
+    else:
+        assert any(call.args[2] for call in replay.call_args_list), "none with LoRA"
+        assert max(len(call.args[1]) for call in replay.call_args_list) <= 16 < max(lengths)
     assert preemptions > 0 or kind != "mistral", "pages were to run out"
     for one, two in zip(expected, found, strict=True):
         assert two.token_ids == one.token_ids

@@ -15,6 +15,7 @@ from medley_worker import Engine, Request, SamplingParams
 from medley_worker.engine.adapter_memory import AdapterKey
 from medley_worker.engine.step_inputs import TOKEN_BUCKETS, bucket_for
 from medley_worker.models import Decoder
+from medley_worker.models.decoder import Attend, run_pieces
 
 if TYPE_CHECKING:
     from medley_worker.engine.cuda_forward import CudaForward
@@ -63,14 +64,12 @@ def copy_q(_: int, qkv: Tensor, out: Tensor | None = None) -> Tensor:
 
 @torch.inference_mode()
 def one_by_one(decoder: Decoder, token_ids: Tensor, lora: object | None) -> tuple[Tensor, Tensor]:
-    pieces = decoder.pieces(token_ids, lora)
-    try:
-        layer, qkv = next(pieces)
-        while True:
-            y = qkv.new_empty((len(qkv), decoder.config.num_heads * decoder.config.head_dim))
-            layer, qkv = pieces.send(copy_q(layer, qkv, y))
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+    width = decoder.config.num_heads * decoder.config.head_dim
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        return copy_q(layer, qkv, qkv.new_empty((len(qkv), width)))
+
+    return run_pieces(decoder.pieces(token_ids, lora), attend)
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
@@ -100,8 +99,15 @@ def test_jobs_say_the_same_where_no_step_with_prompts_is_captured(
 ) -> None:
     wanted = jobs(made, 96, seed=3)
     graphs = forward_of(engine)._trunk_graphs
-    runs = dict(graphs._runs)
+    runs, replay, replayed = dict(graphs._runs), graphs.replay, set()
+
+    def counted(token_ids: Tensor, has_lora: bool, attend: Attend) -> tuple[Tensor, Tensor]:
+        replayed.add(has_lora)
+        return replay(token_ids, has_lora, attend)
+
+    monkeypatch.setattr(graphs, "replay", counted)
     captured = engine.generate(wanted)
+    assert replayed, "no step with prompts was replayed"
     assert graphs._runs == runs, "a step of other adapters captured something"
     monkeypatch.setattr(graphs, "has", lambda *_: False)
     assert_same_but_for_ties(captured, engine.generate(wanted))

@@ -56,12 +56,15 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def learn(authenticator: Authenticator, sql: SlowSql, found: Access) -> None:
-    """Have the key looked up for the first time."""
+async def learned(found: Access) -> tuple[Authenticator, SlowSql]:
+    """An authenticator that has looked the key up for the first time."""
+    sql = SlowSql()
+    authenticator = Authenticator(sql, Quotas())  # type: ignore[arg-type]
     first = asyncio.create_task(authenticator.access(KEY))
     await settle()
     sql.answers[0].set_result(found)
     await first
+    return authenticator, sql
 
 
 @pytest.mark.usefixtures("clock")
@@ -83,9 +86,7 @@ def test_a_hundred_who_ask_at_once_cost_one_lookup() -> None:
 
 def test_a_key_in_use_is_looked_up_again_beside_its_requests_and_forgotten_once_it_is_revoked(clock: Clock) -> None:
     async def scenario() -> None:
-        sql = SlowSql()
-        authenticator = Authenticator(sql, Quotas())  # type: ignore[arg-type]
-        await learn(authenticator, sql, access())
+        authenticator, sql = await learned(access())
         clock.now += CACHE_S * 0.6
         for _ in range(3):
             await authenticator.access(KEY)  # nobody waits
@@ -108,9 +109,7 @@ def test_a_key_in_use_is_looked_up_again_beside_its_requests_and_forgotten_once_
 
 def test_a_key_that_is_about_to_expire_is_not_remembered_for_longer(clock: Clock) -> None:
     async def scenario() -> None:
-        sql = SlowSql()
-        authenticator = Authenticator(sql, Quotas())  # type: ignore[arg-type]
-        await learn(authenticator, sql, access(expires_in_s=1.0))
+        authenticator, sql = await learned(access(expires_in_s=1.0))
         clock.now += 1.0
         late = asyncio.create_task(authenticator.access(KEY))
         await settle()

@@ -29,7 +29,7 @@ from medley_worker.models import Decoder, ForwardBatch, KVCache
 from medley_worker.ops.memory import Memory
 from medley_worker.ops.paged import PagedPlan
 from medley_worker.ops.paged_attention import PagedAttention, PlanMemory
-from medley_worker.ops.sgmv import SgmvBatch, SgmvLora
+from medley_worker.ops.sgmv import SMALL_ROWS, SgmvBatch, SgmvLora
 
 NUM_BUFFERS = 2  # one step runs, the next is being launched
 WARM_UP_CHUNK = 2  # tokens
@@ -167,6 +167,7 @@ class CudaPasses:
     def _decode(self, contents: StepContents, lora: SgmvBatch | None) -> None:
         """A step of decode rows alone, with its greedy draw; the first of its kind is captured for those after it."""
         bucket, has_lora = contents.num_decode_rows, lora is not None
+        _check_items(lora)
         if self._graphs.has(bucket, has_lora):
             self._graphs.replay(bucket, has_lora)
             return
@@ -178,6 +179,7 @@ class CudaPasses:
         batch = self._batch(contents, lora, None)
         if not self._trunk_graphs.has(contents.num_tokens, lora is not None):
             return self._decoder.trunk(batch, self._kv)
+        _check_items(lora)
         attend = self._decoder.attention(batch, self._kv)
         return self._trunk_graphs.replay(batch.token_ids, lora is not None, attend)
 
@@ -199,6 +201,10 @@ class CudaPasses:
             if capture_lora is not None:
                 self._decode(contents, capture_lora)
         torch.cuda.synchronize()
+
+
+def _check_items(lora: SgmvBatch | None) -> None:
+    assert lora is None or lora.block_rows == SMALL_ROWS, "graphs are captured with small items"
 
 
 class CudaFollowerPasses(CudaPasses):

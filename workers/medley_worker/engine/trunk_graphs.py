@@ -22,7 +22,7 @@ from torch import Tensor
 
 from medley_worker.engine.step_inputs import bucket_for
 from medley_worker.models import Decoder
-from medley_worker.models.decoder import Attend, Pieces
+from medley_worker.models.decoder import Attend, run_pieces
 from medley_worker.ops.memory_cuda import borrowed
 
 
@@ -87,7 +87,8 @@ class TrunkGraphs:
         self._runs.clear()
 
     def _record(self, token_ids: Tensor, lora: object | None) -> Run:
-        self._rehearse(self._decoder.pieces(token_ids, lora))
+        # A rehearsal, so that all that is captured is built and loaded. What it computes is of no use.
+        run_pieces(self._decoder.pieces(token_ids, lora), lambda _, qkv: self._new_y(qkv))
         pieces = self._decoder.pieces(token_ids, lora)
         y, stops = None, []
         while True:
@@ -102,15 +103,6 @@ class TrunkGraphs:
             # Later graphs may have this memory once it is done with, so nobody holds on to it.
             stops.append(Stop(graph, layer, borrowed(qkv), borrowed(y)))
         return Run(tuple(stops), graph, borrowed(x), borrowed(residual))
-
-    def _rehearse(self, pieces: Pieces) -> None:
-        """Run what is to be captured, so that all it needs is built and loaded. What it computes is of no use."""
-        try:
-            _, qkv = next(pieces)
-            while True:
-                _, qkv = pieces.send(self._new_y(qkv))
-        except StopIteration:
-            pass
 
     def _new_y(self, qkv: Tensor) -> Tensor:
         config = self._decoder.config

@@ -5,7 +5,7 @@ Owns packed weights and the forward pass. It does not know files, requests or wh
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,17 @@ class Attend(Protocol):
         ...
 
 
+def run_pieces(pieces: Pieces, attend: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Run all pieces, with attend(layer, qkv) between them. Returns what the last one does."""
+    try:
+        at = next(pieces)
+        while True:
+            at = pieces.send(attend(*at))
+    except StopIteration as end:
+        found: tuple[Tensor, Tensor] = end.value
+        return found
+
+
 class Decoder:
     """A loaded model: `forward` turns one step's tokens into logits and writes their keys and values.
 
@@ -104,15 +115,7 @@ class Decoder:
     @torch.inference_mode()
     def trunk(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
         """What `head` makes logits of: (the last layer's output, the residual), [T, H] each. Writes into `kv`."""
-        attend = self.attention(batch, kv)
-        pieces = self.pieces(batch.token_ids, batch.lora)
-        try:
-            at = next(pieces)
-            while True:
-                at = pieces.send(attend(*at))
-        except StopIteration as end:
-            found: tuple[Tensor, Tensor] = end.value
-            return found
+        return run_pieces(self.pieces(batch.token_ids, batch.lora), self.attention(batch, kv))
 
     def pieces(self, token_ids: Tensor, lora: object | None) -> Pieces:
         """The trunk but for attention, where it stops in each layer. What lies between knows no sequences and no pages.
