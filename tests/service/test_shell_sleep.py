@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from shells import ShellProcess, Site
+from waiting import alive
 
 from medley.db.workers import WorkerState
 
@@ -167,7 +168,7 @@ def test_sigkill_of_a_sleeping_worker_ends_its_engine(site: Site) -> None:
     engine = psutil.Process(shell.engine_pid())
     shell.send(signal.SIGKILL)
     shell.wait()
-    site.wait_until("the engine's end", lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+    site.wait_until("the engine's end", lambda: not alive([engine]))
 
 
 @pytest.mark.parametrize(("change", "num_before"), [("sleep", 0), ("wake", 1)])

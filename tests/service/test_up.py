@@ -102,7 +102,7 @@ def _stop_with_ctrl_c(stack: LocalStack) -> None:
         for later, earlier in (("tasks", "worker.0"), ("dispatcher", "worker.0"), ("redis", "api")):
             if not psutil.pid_exists(pids[later]) and psutil.pid_exists(pids[earlier]):
                 early.add(f"{later} before {earlier}")
-        return not up.is_running() or up.status() == psutil.STATUS_ZOMBIE
+        return not alive([up])
 
     wait_until(is_down, "the end of medley up", 60)
     assert stack.stop() == 0
