@@ -10,11 +10,12 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+import psutil
 import pytest
 from api_server import Api, running_api
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
-from waiting import wait_until
+from waiting import alive, wait_until
 
 from medley.config import Limits
 from medley.db import workers
@@ -49,7 +50,9 @@ def test_without_postgres_it_lives_and_is_unready_and_recovers(
     with running_api(database, embedded.redis_url, store_url) as api:
         tenant = api.as_tenant()
         assert tenant.get("/v1/tenant").status_code == 200
+        backends = psutil.Process(embedded.pid("postgres")).children()
         embedded.kill("postgres")
+        wait_until(lambda: not alive(backends), "the end of its backends, which answer until they notice")
         try:
             assert api.anonymous.get("/livez").status_code == 200
             assert api.anonymous.get("/readyz").status_code == 503
