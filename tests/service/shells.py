@@ -157,7 +157,7 @@ class Site:
             "MEDLEY_MODEL": str(self._model),
             "MEDLEY_LOAD_FORMAT": "random",
             "MEDLEY_MAX_NUM_SEQS": "8",
-            "MEDLEY_LEASE_S": "2",
+            "MEDLEY_LEASE_S": "10",  # a machine that is busy holds a shell up for seconds
             "OMP_NUM_THREADS": "1",
         }
         before = {row.id for row in self.workers()}
@@ -258,6 +258,12 @@ class Site:
             workers.mark_gone(conn, POOL)
             return workers.reclaim(conn, POOL)
 
+    def lapse(self, shell: ShellProcess) -> None:
+        """The shell's lease ends now, not when its time is over."""
+        statement = text("UPDATE workers SET lease_until = clock_timestamp() - interval '1 ms' WHERE id = :id")
+        with transaction(self._work) as conn:
+            conn.execute(statement, {"id": shell.worker})
+
     def results(self, batch: UUID) -> list[Row[Any]]:
         """The results of the batch in the order of its jobs."""
         statement = (
@@ -300,6 +306,18 @@ class Site:
         engine = psutil.Process(shell.engine_pid())
         until_s = engine.cpu_times().user + cpu_s
         self.wait_until("a computing engine", lambda: engine.cpu_times().user >= until_s)
+
+    def wait_idle(self, shell: ShellProcess) -> None:
+        """Until the engine has computed nothing for half a second."""
+        engine, seen_s = psutil.Process(shell.engine_pid()), -1.0
+
+        def is_idle() -> bool:
+            nonlocal seen_s
+            before_s, seen_s = seen_s, engine.cpu_times().user
+            return seen_s == before_s
+
+        while not is_idle():
+            time.sleep(0.5)
 
 
 def _new_job(job: dict[str, Any]) -> NewJob:

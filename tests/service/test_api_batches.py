@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from api_server import Api, fields_of
+from timing import keeps_to, timed
 
 from medley.config import Limits
 from medley.local.embedded import EmbeddedServers
@@ -270,7 +270,6 @@ def test_a_waiting_cursor_returns_what_comes_and_a_cancel_wakes_it(api: Api) -> 
 
 
 def test_waiters_return_within_about_a_second_while_redis_is_down(api: Api, embedded: EmbeddedServers) -> None:
-    batch = submit(api, 1)
     embedded.stop("redis")
     try:
         assert api.anonymous.get("/readyz").json() == {
@@ -279,17 +278,25 @@ def test_waiters_return_within_about_a_second_while_redis_is_down(api: Api, embe
             "redis": False,
             "model": True,
         }
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(api.as_tenant().get, f"/v1/jobs/{batch['job_ids'][0]}?wait=30")
-            threading.Event().wait(0.2)
-            started = time.monotonic()
-            # Creates are as durable, and as quick, as ever.
-            submit(api, 1)
-            assert time.monotonic() - started < 2
-            api.finish(batch["id"])
-            ended_at = time.monotonic()
-            assert waiting.result(timeout=10).json()["state"] == "succeeded"
-            assert time.monotonic() - ended_at < 3
+
+        def create() -> float:
+            """As durable, and as quick, as ever."""
+            with timed() as took:
+                submit(api, 1)
+            return took.seconds
+
+        def wait() -> float:
+            batch = submit(api, 1)
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(api.as_tenant().get, f"/v1/jobs/{batch['job_ids'][0]}?wait=30")
+                threading.Event().wait(0.2)
+                api.finish(batch["id"])
+                with timed() as took:
+                    assert waiting.result(timeout=60).json()["state"] == "succeeded"
+            return took.seconds
+
+        keeps_to(3, wait)
+        keeps_to(2, create)
     finally:
         embedded.start_redis()
 

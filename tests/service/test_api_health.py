@@ -29,9 +29,9 @@ LIMITS = Limits()
 
 def test_a_service_that_can_serve_says_so_to_anyone(api: Api) -> None:
     assert api.anonymous.get("/livez").status_code == 200
-    ready = api.anonymous.get("/readyz")
-    assert ready.status_code == 200
-    assert ready.json() == {"postgres": True, "migrations": True, "redis": True, "model": True}
+    expected = {"postgres": True, "migrations": True, "redis": True, "model": True}
+    wait_until(lambda: api.anonymous.get("/readyz").json() == expected)  # Redis may miss the second that it is given
+    assert api.anonymous.get("/readyz").status_code == 200
 
 
 def test_it_is_unready_on_an_old_schema(api: Api) -> None:
@@ -206,5 +206,5 @@ def test_a_stop_lets_waiters_answer_at_once(database: Any, redis_url: str, store
             waiting = pool.submit(httpx.get, f"{api.url}/v1/jobs/{job}?wait=60", headers=api.headers(), timeout=60)
             wait_until(lambda: api.num_waiting() == 1)
             started = time.monotonic()
-        assert waiting.result(timeout=1).json()["state"] == "queued"
+        assert waiting.result(timeout=20).json()["state"] == "queued"
         assert time.monotonic() - started < 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +11,7 @@ from api_server import Api, fields_of, running_api
 from sqlalchemy import text
 from waiting import wait_until
 
+from medley.api import auth
 from medley.config import Limits
 from medley.db import keys
 
@@ -79,7 +79,7 @@ def test_a_rotated_key_and_its_successor_both_work_until_the_old_one_is_revoked(
     assert (third.status_code, third.json()["error"]["code"]) == (409, "conflict")
     assert api.as_tenant().delete(f"/v1/keys/{old['id']}").status_code == 204
     assert api.as_tenant().delete(f"/v1/keys/{old['id']}").status_code == 204
-    wait_until(lambda: status_of(api, old) == 401, "the end of the old key", 7)
+    wait_until(lambda: status_of(api, old) == 401, "the end of the old key", 30)
     assert status_of(api, new) == 200
     assert api.as_tenant().post(f"/v1/keys/{old['id']}/rotate").status_code == 409
     assert api.as_tenant().post(f"/v1/keys/{new['id']}/rotate").status_code == 201
@@ -97,17 +97,18 @@ def test_a_rotation_can_say_how_long_the_old_key_still_lives(api: Api) -> None:
     old = make(api, expires_at="2100-01-01T00:00:00Z")
     new = api.as_tenant().post(f"/v1/keys/{old['id']}/rotate", json={"old_lives_s": 0.5}).json()
     assert new["expires_at"] > "2099"
-    wait_until(lambda: status_of(api, old) == 401, "the end of the old key", 7)
+    wait_until(lambda: status_of(api, old) == 401, "the end of the old key", 30)
     assert api.as_tenant().get(f"/v1/keys/{old['id']}").json()["state"] == "expired"
 
 
-def test_a_key_that_ends_is_not_remembered_beyond_its_end(api: Api) -> None:
-    statement = text("SELECT to_char(clock_timestamp() + interval '1 s', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
-    ends_at = api.owner(lambda conn: conn.execute(statement).scalar_one())
-    key = make(api, expires_at=ends_at)
-    started = time.monotonic()
-    wait_until(lambda: status_of(api, key) == 401, "the end of the key")
-    assert time.monotonic() - started < 4, "sooner than a revocation that was not foreseen"
+def test_a_key_that_ends_is_not_remembered_beyond_its_end(
+    database: Any, redis_url: str, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "CACHE_S", 600.0)  # a revocation that was not foreseen would be noticed after half of it
+    statement = text("SELECT to_char(clock_timestamp() + interval '4 s', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
+    with running_api(database, redis_url, store_url) as api:
+        key = make(api, expires_at=api.owner(lambda conn: conn.execute(statement).scalar_one()))
+        wait_until(lambda: status_of(api, key) == 401, "the end of the key", 60)
 
 
 def test_a_use_is_noted_once_a_while_and_not_a_request(api: Api) -> None:

@@ -298,7 +298,7 @@ def test_a_deliverer_that_died_is_followed_once_its_lease_has_lapsed_and_none_se
 def test_an_endpoint_that_trickles_is_left_and_holds_up_nobody_else(
     api: Api, receiver: Receiver, deliverer: Deliverer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medley.endpoints.TOTAL_S", 0.5)
+    monkeypatch.setattr("medley.endpoints.TOTAL_S", 3.0)
     with receiving() as good:
         slow = register(api, receiver, "batch.finished")
         quick = register(api, good, "batch.finished")
@@ -308,8 +308,8 @@ def test_an_endpoint_that_trickles_is_left_and_holds_up_nobody_else(
         deliverer.look()
         wait_until(lambda: len(good.received) == 2, "both events at the endpoint that answers")
         wait_until(lambda: deliveries(api, slow)[1]["error"] is not None, "the other's first attempt ends")
-        assert deliveries(api, slow)[1]["error"] == "no answer within 0.5 s"
-        assert {d["state"] for d in deliveries(api, quick)} == {"delivered"}
+        assert deliveries(api, slow)[1]["error"] == "no answer within 3 s"
+        wait_until(lambda: {d["state"] for d in deliveries(api, quick)} == {"delivered"})
 
 
 def test_the_certificate_must_be_the_hosts_though_the_connection_goes_to_an_address(

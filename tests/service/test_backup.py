@@ -83,7 +83,7 @@ def test_a_backup_of_a_running_service_becomes_a_service_that_goes_on(tmp_path: 
             file = _upload(first.url, key)
             done = client.submit_many(_jobs(10, 8))
             ended = {r.id: r.text for r in done.results(timeout=60)}
-            running = client.submit_many(_jobs(NUM_JOBS, 40))
+            running = client.submit_many(_jobs(NUM_JOBS, 80))
             wait_until(lambda: 0 < running.refresh().counts.ended < NUM_JOBS // 2, "some ends", 60)
             # Here and not by the command, which takes seconds to begin: some jobs are at the worker now.
             stream = io.BytesIO()

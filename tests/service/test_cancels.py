@@ -63,7 +63,10 @@ def test_a_large_batch_is_cancelling_at_once_and_its_queue_ends_in_pieces(api: A
     api.ledger.check()
 
 
-def test_a_cancel_that_nobody_was_told_of_is_found_and_gone_through_once(api: Api) -> None:
+def test_a_cancel_that_nobody_was_told_of_is_found_and_gone_through_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancel, "LOOK_S", 3600.0)
     batches = [submit(api, 7), submit(api, 2), submit(api, 8)]
     for batch in batches[:2]:
         assert api.as_tenant().post(f"/v1/batches/{batch}/cancel").status_code == 200

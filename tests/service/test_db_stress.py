@@ -37,11 +37,12 @@ class Crowd:
         self.workers = [self.ledger.start_worker() for _ in range(3)]
         self.errors: list[BaseException] = []
         self.num_acts = 0
-        self._end = 0.0
+        self._end, self._wanted = 0.0, 0
         self._lock = threading.Lock()
 
-    def run(self, acts: Sequence[Callable[[random.Random], None]], *, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
+    def run(self, acts: Sequence[Callable[[random.Random], None]], *, seconds: float, num_acts: int = 0) -> None:
+        """For `seconds`, and on until there were more than `num_acts`."""
+        self._end, self._wanted = time.monotonic() + seconds, num_acts
         threads = [threading.Thread(target=self._repeat, args=(act, i)) for i, act in enumerate(acts)]
         for thread in threads:
             thread.start()
@@ -50,7 +51,7 @@ class Crowd:
 
     def _repeat(self, act: Callable[[random.Random], None], seed: int) -> None:
         draw = random.Random(seed)
-        while time.monotonic() < self._end and not self.errors:
+        while (time.monotonic() < self._end or self.num_acts <= self._wanted) and not self.errors:
             try:
                 act(draw)
             except BaseException as error:
@@ -153,7 +154,7 @@ def crowd(database: Any) -> Iterator[Crowd]:
 def test_submits_claims_ends_flags_and_deaths_at_once_neither_deadlock_nor_lose_a_job(crowd: Crowd) -> None:
     writers = [crowd.submit, crowd.submit, crowd.claim, crowd.claim, crowd.complete, crowd.complete, crowd.complete]
     others = [crowd.release, crowd.flag, crowd.retry, crowd.change, crowd.cancel_jobs, crowd.expire, crowd.die]
-    crowd.run([*writers, *others], seconds=4)
+    crowd.run([*writers, *others], seconds=4, num_acts=100)
     assert crowd.errors == []
     assert crowd.num_acts > 100
     crowd.ledger.check()

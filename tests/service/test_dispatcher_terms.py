@@ -49,7 +49,7 @@ def test_a_term_is_prolonged_within_a_turn_that_takes_longer_than_a_tick(stage: 
     stage.clock.step_s = stage.settings.tick_s  # each look at the clock is a tick later
     with stage.ledger.working() as conn:
         conn.execute(
-            text("UPDATE leaders SET until = clock_timestamp() + interval '1 s' WHERE pool = :pool"), stage.own
+            text("UPDATE leaders SET until = clock_timestamp() + interval '20 s' WHERE pool = :pool"), stage.own
         )
     dispatcher._lead.write(lambda _: None)
     with stage.ledger.working() as conn:
@@ -129,7 +129,7 @@ def test_the_process_outlives_its_servers_and_resigns_on_sigterm(
     wait_until(lambda: stage.states() == ["leased"] * 7)
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 0
+    assert process.wait(timeout=30) == 0
     with stage.ledger.working() as conn:
         statement = text("SELECT until <= clock_timestamp() FROM leaders WHERE pool = :pool")
         assert conn.execute(statement, {"pool": stage.ledger.pool}).scalar_one()

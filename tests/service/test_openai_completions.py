@@ -260,8 +260,14 @@ def test_what_is_over_a_quota_is_refused_as_openai_refuses(api: Api) -> None:
     assert list(client.files.list()) == []
     client = limited_client(api, requests_per_s=0.1)
     client.models.list()
-    with pytest.raises(openai.RateLimitError) as limited:
+
+    def ask_twice() -> None:
+        """Where Redis does not answer in time, one is let in by a count of the process's own."""
         client.models.list()
+        client.models.list()
+
+    with pytest.raises(openai.RateLimitError) as limited:
+        ask_twice()
     assert limited.value.code == "rate_limited"
     api.ledger.check()
 

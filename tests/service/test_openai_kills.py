@@ -32,18 +32,21 @@ from medley.spec.jobs import JobState
 
 LIMITS = Limits()
 NUM_LINES = 1_000
-# Chunks so small that a kill finds the work in its middle, however quick the machine is.
+# Chunks so small, and with a rest after each, that a kill finds the work in its middle, however late it comes.
 PROGRAM = """
+import time
 import medley.tasks.validate, medley.tasks.finalize
 medley.tasks.validate.LINES_A_CHUNK = medley.tasks.validate.JOBS_A_CHUNK = {chunk}
 medley.tasks.finalize.RESULTS_A_PAGE = {chunk}
 from medley import logs
 from medley.config import Settings
-from medley.tasks.worker import run
+from medley.tasks import worker
+worker.beat = lambda _: time.sleep({rest_s})
 settings = Settings.from_env()
 logs.configure("tasks", settings)
-run(settings)
+worker.run(settings)
 """
+REST_S = 0.05
 
 pytestmark = pytest.mark.faults
 
@@ -65,7 +68,7 @@ def task_process(api: Api, database: Any, *, chunk: int) -> Iterator[subprocess.
         "MEDLEY_MODEL": str(MODEL),
         "MEDLEY_POOL": settings.pool,
     }
-    with subprocess.Popen([sys.executable, "-c", PROGRAM.format(chunk=chunk)], env=environ) as running:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM.format(chunk=chunk, rest_s=REST_S)], env=environ) as running:
         try:
             yield running
         finally:

@@ -19,7 +19,7 @@ from medley.db import cancels, flags
 from medley.db.workers import WorkerState
 from medley.spec.ids import uuid7
 
-LONG = {"prompt": "a long answer", "max_tokens": 1_200}  # a second of work, or some
+LONG = {"prompt": "a long answer", "max_tokens": 3_000}  # some seconds of work
 ENDLESS = {"prompt": "a book", "max_tokens": 20_000}  # more than any machine does while a test runs
 
 
@@ -34,7 +34,7 @@ def site(module_database: Any, embedded: Any, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def shell(site: Site) -> ShellProcess:
-    return site.start_shell(MEDLEY_LEASE_S="8")  # longer than PostgreSQL takes to start again
+    return site.start_shell()
 
 
 def test_jobs_of_text_tokens_base_and_adapters_complete_with_usage(site: Site, shell: ShellProcess) -> None:
@@ -84,7 +84,7 @@ def test_adapters_that_are_announced_need_not_exist_and_change_no_result(site: S
 def test_a_lost_message_costs_a_second_and_doubled_or_foreign_ids_nothing(site: Site, shell: ShellProcess) -> None:
     batch = site.submit({"prompt": "abc"})
     jobs = site.claim(shell)
-    site.wait_results(batch, 1, timeout_s=4.0)
+    site.wait_results(batch, 1, timeout_s=20.0)
     again = site.submit({"prompt": "abc"}, {"prompt": "abd"})
     ids = site.claim(shell)
     for _ in range(3):
@@ -207,8 +207,8 @@ def test_running_jobs_are_cancelled_and_expired_within_seconds(site: Site, shell
     site.wait_computing(shell)
     site.execute(cancels.cancel_batch, cancelled)
     site.execute(flags.cancel_job, site.jobs(alone)[0].id)
-    site.wait_results(cancelled, 2, timeout_s=10)
-    site.wait_results(expiring, 1, timeout_s=10)
+    site.wait_results(cancelled, 2, timeout_s=30)
+    site.wait_results(expiring, 1, timeout_s=30)
     site.wait_results(alone, 2)
     assert [row.state for row in site.results(cancelled)] == ["cancelled"] * 2
     assert [row.state for row in site.results(expiring)] == ["expired"]
@@ -229,7 +229,7 @@ def test_a_paused_job_goes_back_with_its_tokens_and_continues_to_the_same_answer
     (job,) = site.jobs(batch)
     kept = site.checkpoints()[job.id]
     assert job.is_held
-    assert 0 < len(kept) < 1_200
+    assert 0 < len(kept) < LONG["max_tokens"]
     assert kept == whole.token_ids[: len(kept)]
     site.execute(flags.resume_batch, batch)
     site.ring(shell, site.claim(shell))
@@ -262,7 +262,7 @@ def test_a_drained_worker_gives_its_jobs_back_stops_its_engine_and_can_be_woken(
 
 
 def test_jobs_rerun_when_their_engine_is_killed(site: Site, shell: ShellProcess) -> None:
-    jobs = [LONG | {"prompt": f"job {i}", "max_tokens": 400, "seed": i} for i in range(12)]
+    jobs = [LONG | {"prompt": f"job {i}", "max_tokens": 1_200, "seed": i} for i in range(12)]
     batch = site.submit(*jobs)
     site.ring(shell, site.claim(shell))
     site.wait_computing(shell)
@@ -278,11 +278,11 @@ def test_jobs_complete_while_redis_is_down(site: Site, shell: ShellProcess, embe
     try:
         batch = site.submit({"prompt": "abc"}, {"prompt": "abd"})
         site.claim(shell)
-        site.wait_results(batch, 2, timeout_s=5.0)
+        site.wait_results(batch, 2, timeout_s=20.0)
         num_lines = shell.log().count("\n")
         later = site.submit({"prompt": "abc"})
         site.claim(shell)
-        site.wait_results(later, 1, timeout_s=5.0)
+        site.wait_results(later, 1, timeout_s=20.0)
         assert shell.log().count("\n") - num_lines < 5, site.logs()
     finally:
         embedded.start_redis()

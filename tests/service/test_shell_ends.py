@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shells import Site
 
-LONG = {"max_tokens": 500, "temperature": 1.0}
+LONG = {"max_tokens": 2_000, "temperature": 1.0}  # seconds of work
 POISON = 255  # a token id that no text here has
 
 
@@ -35,13 +35,15 @@ def test_sigterm_releases_with_checkpoints_and_another_worker_gives_the_undistur
 
 
 def test_a_worker_stopped_past_its_lease_writes_nothing_and_exits(site: Site) -> None:
-    shell = site.start_shell(MEDLEY_LEASE_S="1.5")
-    batch = site.submit(*[{"prompt": f"job {i}", "max_tokens": 300} for i in range(4)])
+    shell = site.start_shell()
+    batch = site.submit(*[LONG | {"prompt": f"job {i}"} for i in range(4)])
     site.ring(shell, site.claim(shell))
     site.wait_computing(shell)
-    shell.send(signal.SIGSTOP)  # its engine goes on and will have results
-    site.wait_until("the jobs put back", lambda: site.reclaim() > 0)
+    shell.send(signal.SIGSTOP)
+    site.lapse(shell)
+    assert site.reclaim() > 0
     num_before = len(site.results(batch))
+    site.wait_idle(shell)  # its engine went on, and has results
     shell.send(signal.SIGCONT)
     assert shell.wait() == 4, shell.log()
     assert "lease.lost" in shell.log()

@@ -13,11 +13,12 @@ from waiting import alive
 
 from medley.db.workers import WorkerState
 
-LONG = {"prompt": "a long answer", "max_tokens": 1_200, "temperature": 1.0, "seed": 7}
+LONG = {"prompt": "a long answer", "max_tokens": 3_000, "temperature": 1.0, "seed": 7}
+SHORTER = LONG | {"max_tokens": 1_200}
 
 
 def start(site: Site, *, active: bool = True, **environ: str) -> ShellProcess:
-    return site.start_shell(active=active, **{"MEDLEY_SLEEP": "host", "MEDLEY_LEASE_S": "8"} | environ)
+    return site.start_shell(active=active, **{"MEDLEY_SLEEP": "host"} | environ)
 
 
 def sleep(site: Site, shell: ShellProcess) -> None:
@@ -78,7 +79,7 @@ def test_jobs_of_a_drained_worker_go_on_where_they_were_once_it_wakes(site: Site
 def test_a_wake_that_comes_while_it_drains_is_heeded(site: Site) -> None:
     shell = start(site)
     for _ in range(3):
-        batch = site.submit(LONG, LONG | {"seed": 8})
+        batch = site.submit(SHORTER, SHORTER | {"seed": 8})
         site.ring(shell, site.claim(shell))
         site.desire(shell, WorkerState.ASLEEP)
         site.wait_until("a worker that drains", lambda: site.workers()[0].state != "active")
@@ -107,7 +108,7 @@ def test_sigterm_ends_a_sleeping_worker_and_its_engine(site: Site) -> None:
     shell.send(signal.SIGTERM)
     assert shell.wait(12) == 0, shell.log()
     assert [row.state for row in site.workers()] == ["gone"]
-    assert not engine.is_running()
+    site.wait_until("the engine's end", lambda: not alive([engine]))
 
 
 @pytest.mark.parametrize("is_told", [True, False])
@@ -124,23 +125,20 @@ def test_a_worker_that_is_to_go_does_not_wait_for_an_engine_that_falls_asleep(si
         shell.send(signal.SIGTERM)
     assert shell.wait(12) == 0, shell.log()
     assert [row.state for row in site.workers()] == ["gone"]
-    assert not engine.is_running()
+    site.wait_until("the engine's end", lambda: not alive([engine]))
 
 
 def test_a_sleeping_worker_that_loses_its_lease_ends_with_its_engine(site: Site) -> None:
-    shell = start(site, MEDLEY_LEASE_S="1.5")
+    shell = start(site)
     sleep(site, shell)
     engine = psutil.Process(shell.engine_pid())
     shell.send(signal.SIGSTOP)
-
-    def is_gone() -> bool:
-        site.reclaim()
-        return [row.state for row in site.workers()] == ["gone"]
-
-    site.wait_until("a worker given up", is_gone)
+    site.lapse(shell)
+    site.reclaim()
+    assert [row.state for row in site.workers()] == ["gone"]
     shell.send(signal.SIGCONT)
     assert shell.wait() == 4, shell.log()
-    assert not engine.is_running()
+    site.wait_until("the engine's end", lambda: not alive([engine]))
 
 
 def test_a_worker_whose_state_is_changed_faster_than_it_follows_ends_as_it_was_told_last(site: Site) -> None:

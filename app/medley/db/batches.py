@@ -62,6 +62,12 @@ def deadline_in(conn: Connection, seconds: float) -> datetime:
     return deadline
 
 
+def end_after(conn: Connection, batch: UUID, seconds: float) -> None:
+    """Gives a batch without jobs its deadline: `seconds` after its creation, exactly, as clients reckon."""
+    statement = text("UPDATE batches SET deadline_at = created_at + make_interval(secs => :seconds) WHERE id = :id")
+    conn.execute(statement, {"id": batch, "seconds": float(seconds)})
+
+
 def close_batch(conn: Connection, batch: UUID, total: int) -> None:
     conn.execute(text("UPDATE batches SET total = :total WHERE id = :id"), {"id": batch, "total": total})
 

@@ -24,7 +24,7 @@ from medley.api.openai.requests import ENDPOINTS
 from medley.api.openai.shapes import OpenAIBatch, batch_of, page_of, status_of
 from medley.api.shapes import answer
 from medley.db import openai_batches
-from medley.db.batches import NewBatch, deadline_in, open_batch
+from medley.db.batches import NewBatch, end_after, open_batch
 from medley.db.cancels import cancel_batch
 from medley.db.files import BATCH_INPUT, read_file
 from medley.db.quotas import check_queue_room
@@ -87,8 +87,8 @@ def _make(conn: Connection, who: Caller, batch: UUID, body: OpenAIBatchBody, win
         raise InvalidRequest.of([Fault(field="input_file_id", got=f"one of {found.purpose}", wanted=wanted)])
     # How many jobs the file holds is known, and reserved, once it has been judged.
     check_queue_room(conn, who.tenant.id, who.tenant.quotas, num_jobs=1)
-    deadline_at = deadline_in(conn, window_s)
-    open_batch(conn, NewBatch(batch, who.tenant.id, who.services.settings.pool, deadline_at=deadline_at))
+    open_batch(conn, NewBatch(batch, who.tenant.id, who.services.settings.pool))
+    end_after(conn, batch, window_s)
     expires = body.output_expires_after
     new = openai_batches.NewOpenAIBatch(
         endpoint=body.endpoint,
