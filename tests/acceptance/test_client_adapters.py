@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_server import ADAPTERS, Api
@@ -80,15 +82,30 @@ def test_one_bad_folder_does_not_stop_the_others(client: Client, folder: Path) -
         client.adapters.add_folder(folder / "notes")
 
 
-def test_a_cut_upload_of_a_folder_goes_on_where_it_stood(client: Client, folder: Path) -> None:
+def test_a_cut_upload_of_a_folder_goes_on_where_it_stood(
+    client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut_after_two(upload: Upload) -> None:
         done.append(upload.name)
         if len(done) == 2:
+            is_cut.set()
             raise KeyboardInterrupt
 
+    def add_until_cut(*args: Any, **kwargs: Any) -> Any:
+        """Uploads that had begun when the interrupt came may end; those after them do not begin."""
+        begun.append(args)
+        if len(begun) > 3:
+            is_cut.wait(60)
+            raise OSError("interrupted")
+        return add(*args, **kwargs)
+
     done: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        client.adapters.add_folder(folder, parallel=1, on_upload=cut_after_two)
+    begun: list[Any] = []
+    is_cut, add = threading.Event(), client.adapters.add
+    with monkeypatch.context() as patch:
+        patch.setattr(client.adapters, "add", add_until_cut)
+        with pytest.raises(KeyboardInterrupt):
+            client.adapters.add_folder(folder, parallel=1, on_upload=cut_after_two)
     present = {a.name for a in client.adapters.list()}
     assert set(done) <= present < set(NAMES)
     uploads = client.adapters.add_folder(folder)

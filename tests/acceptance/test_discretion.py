@@ -61,7 +61,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder: Path = tmp_path_factory.mktemp("stack") / "data"
-    environ = {"MEDLEY_LOG_LEVEL": "debug", "MEDLEY_LEASE_S": "3"}
+    environ = {"MEDLEY_LOG_LEVEL": "debug"}
     with LocalStack(folder, model=MODEL, environ=environ) as stack:
         made = Stack(stack)
         yield made
@@ -150,12 +150,15 @@ def _what_the_database_refuses(service: Stack) -> None:
 
 
 def _what_an_engine_dies_of(service: Stack) -> None:
-    job = service.client.submit(service.canary(), max_tokens=400, ignore_eos=True)
-    wait_until(lambda: job.refresh().state == "leased", "a job that runs", WAIT_S)
+    jobs = [{"prompt": service.canary()} for _ in range(400)]  # which do not end before this does
+    batch = service.client.submit_many(jobs, max_tokens=100, ignore_eos=True)
+    wait_until(lambda: any(worker.num_leased for worker in service.client.workers()), "jobs that run", WAIT_S)
     worker = psutil.Process(service.stack.pid("worker", 0))
     for engine in [child for child in worker.children(recursive=True) if "engine.process" in " ".join(child.cmdline())]:
         engine.kill()
-    wait_until(lambda: job.refresh().has_ended, "its end", WAIT_S)
+    wait_until(lambda: "engine.died" in service.log(), "what the worker says of it", WAIT_S)
+    batch.cancel()
+    batch.wait(timeout=WAIT_S)
 
 
 def _values(client: redis.Redis) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from medley.local.stack import LocalStack
 
 ASSETS = Path(__file__).parents[2] / "app/medley/demo/assets"
 WAIT_S = 120.0
+NUM_JOBS = 400  # which run for longer than a test may be held up
 
 
 class Fleet:
@@ -31,7 +32,7 @@ class Fleet:
         self._stack = stack
         self.medley = Medley(None, None)
 
-    def load(self, num_jobs: int = 300) -> Any:
+    def load(self, num_jobs: int = NUM_JOBS) -> Any:
         jobs = [{"prompt": f"w{n}=", "adapter": SKILLS[0].name if n % 2 else None} for n in range(num_jobs)]
         return self.client.submit_many(jobs, max_tokens=100, ignore_eos=True)
 
@@ -55,7 +56,7 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    environ = {"MEDLEY_LEASE_S": "4", "MEDLEY_TICK_S": "0.5", "MEDLEY_MAX_NUM_SEQS": "4"}
+    environ = {"MEDLEY_LEASE_S": "10", "MEDLEY_TICK_S": "0.5", "MEDLEY_MAX_NUM_SEQS": "4"}
     # A hook that never answers, and a secret that the dispatcher alone is given: neither is in anybody's way.
     environ |= {"MEDLEY_SCALE_HOOK": "http://127.0.0.1:9/", "MEDLEY_SCALE_HOOK_SECRET": "whsec_" + "QUJD" * 10}
     with LocalStack(tmp_path_factory.mktemp("data"), workers=2, environ=environ) as stack:
@@ -74,26 +75,26 @@ def test_a_worker_put_to_sleep_by_hand_sleeps_through_any_load_until_it_is_relea
     fleet.run("fleet", "release", one)
     fleet.wait_for("both at work", lambda: set(fleet.states().values()) == {"active"})
     batch.wait(timeout=WAIT_S)
-    assert batch.refresh().counts.succeeded == 300
+    assert batch.refresh().counts.succeeded == NUM_JOBS
 
 
 def test_a_drained_worker_gives_its_jobs_to_the_other_which_goes_on_with_them(fleet: Fleet) -> None:
     fleet.run("fleet", "wake", "--all")
     fleet.wait_for("both awake", lambda: set(fleet.states().values()) == {"active"})
-    batch = fleet.load(200)
+    batch = fleet.load()
     fleet.wait_for("both at work", lambda: all(row["num_leased"] for row in fleet.run("fleet")))
     one, other = fleet.states()
     fleet.run("fleet", "drain", one)
     fleet.wait_for("one asleep", lambda: fleet.states() == {one: "asleep", other: "active"})
     assert fleet.run("fleet", "list")[0]["num_leased"] == 0
     batch.wait(timeout=WAIT_S)
-    assert batch.refresh().counts.succeeded == 200
+    assert batch.refresh().counts.succeeded == NUM_JOBS
     fleet.run("fleet", "release", "--all")
 
 
 def test_top_shows_the_batch_by_tenant_and_adapter_as_it_changes(fleet: Fleet) -> None:
     fleet.run("fleet", "wake", "--all")
-    batch = fleet.load(400)
+    batch = fleet.load()
     shown: list[Any] = []
 
     def sees_all() -> bool:

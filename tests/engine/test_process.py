@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
 from engine_shell import Shell, has, item, launch
+from timing import NUM_TRIES, keeps_to, timed
 
 from medley.spec.errors import ErrorCode
 from medley.spec.jobs import FinishReason
@@ -60,7 +60,7 @@ def shared_shell(tiny_model: Path) -> Iterator[Shell]:
     yield shell
     shell.send(Shutdown())
     assert isinstance(shell.listen_to_end()[-1], EngineStats)
-    assert shell.process.wait(timeout=10) == 0
+    assert shell.process.wait(timeout=60) == 0
     shell.close()
 
 
@@ -121,11 +121,15 @@ def test_progress_comes_for_those_who_asked_and_sums_to_the_result(shell: Shell)
 
 
 def test_a_released_job_goes_on_where_it_was(shell: Shell) -> None:
-    job = item(max_tokens=100, want_progress=True)
-    shell.send(Add(items=(job,)))
-    shell.listen(has(Progress, 3))
-    shell.send(Release(keys=(job.key, JobKey(uuid4(), 1))))
-    said = shell.listen(has(Released))
+    for _ in range(NUM_TRIES):  # whose word comes too late, once the job has ended, tries again
+        shell.said.clear()
+        job = item(max_tokens=100, want_progress=True)
+        shell.send(Add(items=(job,)))
+        shell.listen(has(Progress, 3))
+        shell.send(Release(keys=(job.key, JobKey(uuid4(), 1))))
+        said = shell.listen(lambda said: has(Released)(said) or has(Finished)(said))
+        if not shell.finished():
+            break
     (released,) = [m for m in said if isinstance(m, Released)]
     kept = released.checkpoint
     assert 3 <= len(kept.token_ids) == len(kept.logprobs) < 100
@@ -175,19 +179,22 @@ def test_a_crash_comes_after_its_suspects_were_named(start: Callable[..., Shell]
     named = {key for m in said if isinstance(m, Running) for key in m.keys}
     assert named == {first.key, poison.key, mate.key}
     assert set(shell.finished()) == {first.key}
-    assert shell.process.wait(timeout=10) == 137
+    assert shell.process.wait(timeout=60) == 137
 
 
 def test_the_engine_ends_within_a_second_of_its_shell(start: Callable[..., Shell]) -> None:
-    for busy in (False, True):
+    def end(is_busy: bool) -> float:
         shell = start()
-        if busy:
-            shell.send(Add(items=tuple(item(max_tokens=120, want_progress=True) for _ in range(30))))
+        if is_busy:  # with seconds of work
+            shell.send(Add(items=tuple(item(max_tokens=120, want_progress=True) for _ in range(400))))
             shell.listen(has(Progress))
-        shell.connection.close()
-        started = time.monotonic()
-        shell.process.wait(timeout=10)
-        assert time.monotonic() - started < 1.0
+        with timed() as took:
+            shell.connection.close()
+            shell.process.wait(timeout=60)
+        return took.seconds
+
+    for is_busy in (False, True):
+        keeps_to(1.0, lambda is_busy=is_busy: end(is_busy))  # type: ignore[misc]
 
 
 def test_an_idle_engine_uses_no_processor_time(shell: Shell) -> None:
@@ -205,7 +212,7 @@ def test_an_idle_engine_uses_no_processor_time(shell: Shell) -> None:
 def test_an_engine_without_a_model_ends_and_says_why(tmp_path: Path) -> None:
     shell = Shell(EngineConfig(model_dir=str(tmp_path)))
     assert shell.listen_to_end() == []
-    assert shell.process.wait(timeout=10) == 2
+    assert shell.process.wait(timeout=60) == 2
     shell.close()
 
 
@@ -320,7 +327,7 @@ def test_an_engine_that_cannot_sleep_says_so_and_ends_when_it_is_told_to(start: 
     assert not ready.can_sleep
     shell.send(Sleep())
     assert not any(isinstance(m, Asleep) for m in shell.listen_to_end())
-    assert shell.process.wait(timeout=10) == 3
+    assert shell.process.wait(timeout=60) == 3
 
 
 def test_an_engine_asleep_ends_with_its_shell_or_at_its_word(start: Callable[..., Shell]) -> None:
@@ -333,4 +340,4 @@ def test_an_engine_asleep_ends_with_its_shell_or_at_its_word(start: Callable[...
             shell.listen_to_end()
         else:
             shell.connection.close()
-        assert shell.process.wait(timeout=10) == 0
+        assert shell.process.wait(timeout=60) == 0

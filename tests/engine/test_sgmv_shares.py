@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley_worker.ops.sgmv_shares import PAIRS_IN_STAGE, SLICES, Shares, shares
@@ -14,6 +14,7 @@ def of(num_items: int, num_tiles: int, num_sites: int, is_mixed: bool = False, c
     return shares(num_items, num_tiles, num_sites, is_mixed, room=ROOM, capacity=capacity, most_parts=96)
 
 
+@settings(deadline=None)
 @given(
     num_items=st.integers(0, 1024),
     num_tiles=st.integers(1, 16),
@@ -34,6 +35,7 @@ def test_every_pair_is_in_one_part(
     assert 1 <= found.column_parts <= 96
 
 
+@settings(deadline=None)
 @given(num_items=st.integers(1, 1024), num_tiles=st.integers(1, 16), num_sites=st.integers(1, 3))
 def test_what_is_cut_finely_fits_the_device_and_the_workspace(num_items: int, num_tiles: int, num_sites: int) -> None:
     found = of(num_items, num_tiles, num_sites, capacity=40)

@@ -189,11 +189,12 @@ def test_what_a_rank_cannot_build_is_said_by_name(tiny_model: Path, tmp_path: Pa
 
 def _ranks_of(pid: int) -> list[int]:
     children = psutil.Process(pid).children(recursive=True)
-    return [c.pid for c in children if "medley_worker.engine.parallel.process" in _command(c)]
+    return [c.pid for c in children if "medley_worker.engine.parallel.process" in _command(c.pid)]
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _command(pid: int) -> list[str]:
     try:
+        process = psutil.Process(pid)
         return process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
     except psutil.NoSuchProcess:
         return []
@@ -219,7 +220,7 @@ def test_a_rank_that_dies_is_named_and_the_engine_can_be_closed(is_running: bool
     others = pids_of(engine)
     engine.close()
     engine.close()
-    assert not any(psutil.pid_exists(pid) and _command(psutil.Process(pid)) for pid in others)
+    assert not any(_command(pid) for pid in others)
 
 
 class FailingRanks:
@@ -322,7 +323,7 @@ def test_ranks_die_with_their_engine_process(shell: Shell) -> None:
     shell.listen(has(Finished))
     shell.process.kill()
     shell.process.wait(DEADLINE_S)
-    wait_until(lambda: not psutil.pid_exists(rank) or not _command(psutil.Process(rank)), "the rank has ended")
+    wait_until(lambda: not _command(rank), "the rank has ended")
 
 
 def test_a_frozen_rank_is_a_dead_one_before_long(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from medley.tasks.finalize import Finalizer
 from medley.tasks.openai_batches import OpenAIBatches
 from medley.tasks.validate import Validator
 
-WAIT_S = 30.0
+WAIT_S = 120.0  # the first batch of a service also waits for an engine that starts
 
 
 _clients: dict[tuple[str, str], openai.OpenAI] = {}

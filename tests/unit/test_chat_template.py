@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +266,8 @@ def test_what_renders_too_long_or_for_too_long_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(chat_template, "RENDER_S", 0.05)
     slow = "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% set d = c.content %}"
     slow += "{% endfor %}{% endfor %}{% endfor %}"
-    began = time.monotonic()
     with pytest.raises(TemplateRefuses, match=r"within 0\.05 s"):
         render(slow, [USER] * 1000)
-    assert time.monotonic() - began < 10
 
 
 def test_only_templates_that_read_tools_take_them() -> None:

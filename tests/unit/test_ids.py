@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import RFC_4122, UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.spec.ids import ADAPTER, BATCH, JOB, REVISION, SWEEP, WORKER, parse_id, public_id, uuid7
@@ -36,6 +36,7 @@ def test_ids_grow_when_the_clock_steps_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert first < uuid7() < uuid7()
 
 
+@settings(deadline=None)
 @given(st.sampled_from([JOB, BATCH, SWEEP, ADAPTER, REVISION, WORKER]), st.uuids())
 def test_a_public_id_is_read_back_by_its_own_kind_alone(prefix: str, value: UUID) -> None:
     text = public_id(prefix, value)

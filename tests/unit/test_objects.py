@@ -28,7 +28,6 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects_s3, "PART_BYTES", 5 << 20)  # S3's least
-    monkeypatch.setattr(objects_s3, "READ_TIMEOUT_S", 2.0)
     monkeypatch.setattr(objects_s3, "MAX_TRIES", 2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.spec.sampling import FIELDS, SamplingParams, parse_sampling
@@ -126,6 +126,7 @@ def test_a_fault_shows_at_most_a_piece_of_a_long_value() -> None:
     assert all(len(fault) < 400 for fault in faults_of({"stop": ["x" * 100_000], "n": "y" * 100_000}))
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         SamplingParams,

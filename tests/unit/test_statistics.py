@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.spec.statistics import wilson
@@ -24,6 +24,7 @@ def test_published_intervals_are_met(successes: int, n: int, low: float, high: f
     assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.data())
 def test_an_interval_contains_its_share_and_lies_within_0_and_1(n: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, n))

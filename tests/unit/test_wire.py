@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medley.spec.errors import ErrorCode, JobError
@@ -89,6 +89,7 @@ def test_no_message_of_one_direction_is_taken_for_one_of_the_other() -> None:
             to_engine_decoder.decode(FrameReader().feed(encode_frame(message))[0])  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=200))
 def test_frames_come_out_whole_and_in_order_however_the_stream_is_cut(cuts: list[int]) -> None:
     stream = b"".join(encode_frame(message) for message in FROM_ENGINE)  # type: ignore[arg-type]
@@ -116,6 +117,7 @@ def test_a_message_too_large_for_a_frame_is_refused_by_its_sender() -> None:
         encode_frame(Add((item,) * 14))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_a_body_that_is_no_message_is_a_decode_error(body: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):

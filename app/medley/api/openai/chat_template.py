@@ -198,8 +198,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._time = threading.local()
 
     def within(self, seconds: float) -> _Within:
-        """Bounds what this thread renders in the block. Raises _TooLong from the rendering."""
-        return _Within(self._time, time.monotonic() + seconds)
+        """Bounds the processor time that this thread renders for in the block. Raises _TooLong from the rendering."""
+        return _Within(self._time, time.thread_time() + seconds)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self._check_time()
@@ -215,7 +215,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _check_time(self) -> None:
         # Outside of `within` a template is only compiled.
-        if time.monotonic() > getattr(self._time, "until", float("inf")):
+        if time.thread_time() > getattr(self._time, "until", float("inf")):
             raise _TooLong
 
 

@@ -62,6 +62,7 @@ STOP_S = 5.0  # for a rank to end by itself
 _RECEIVE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 4 << 20  # a pass of many rows and pages does not wait for its reader
 _EXIT_S = 2.0  # from a rank's last word to its end
+_DEATH_S = 15.0  # for a rank's thread to say that it died, after a collective has failed of it
 # A rank says something each second once it has imported all it needs. One that is frozen says nothing more.
 START_S = 600.0
 BEAT_S, MAX_MISSED = 10.0, 6  # in pieces, since a machine that stood still as a whole is no frozen rank
@@ -332,16 +333,15 @@ class Followers:
         del rank
         if self._is_closing:
             return
+        if self._runs and self._on_death is not None:
+            self._on_death(reason)  # before a step can see of the death, and end the process in its own way
         self.death = self.death or reason
-        if not self._runs:
-            return  # rank 0 waits for a reply, and raises
-        if self._on_death is not None:
-            self._on_death(reason)
-        if self._group is not None:
+        # Else rank 0 waits for a reply, and raises.
+        if self._runs and self._group is not None:
             self._group.abort()
 
     def _await_death(self) -> bool:
-        deadline = time.monotonic() + _EXIT_S
+        deadline = time.monotonic() + _DEATH_S
         while self.death is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return self.death is not None
