@@ -72,6 +72,24 @@ def sweep_jobs(seed: int, num_jobs: int) -> list[dict[str, object]]:
     ]
 
 
+def long_jobs(seed: int, num_jobs: int) -> list[dict[str, object]]:
+    """Jobs that run for a while and whose tokens depend on all of their tokens before."""
+    draw = random.Random(seed)
+    return [job | {"max_tokens": draw.randint(150, 220)} for job in sweep_jobs(seed, num_jobs)]
+
+
+def holder(service: Service) -> int:
+    """The process id of the worker that holds most jobs, once one holds any."""
+    statement = (
+        "SELECT coalesce((SELECT w.pid FROM workers w JOIN jobs j ON j.worker_id = w.id"
+        " WHERE j.state = 'leased' AND w.state <> 'gone' AND w.lease_until > clock_timestamp()"
+        " GROUP BY w.pid ORDER BY count(*) DESC LIMIT 1), 0)"
+    )
+    found: list[int] = []
+    service.wait_until("a worker that holds jobs", lambda: found.append(service.scalar(statement)) or found[-1] > 0)
+    return found[-1]
+
+
 def finish(service: Service, *batches: Batch, timeout_s: float = 120) -> None:
     """Waits for the batches, reads each result once by the cursor, and audits."""
     for batch in batches:

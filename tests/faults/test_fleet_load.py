@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from uuid import UUID
 import pytest
 from fleets import Fleet
 from sqlalchemy import text
-from stacks import Service, finish, sweep_jobs
+from stacks import Service, finish, long_jobs
 
 from medley.client import Batch
 from medley.db import workers
@@ -58,19 +57,13 @@ class Stream:
             thread.join(timeout=120)
 
 
-def long_jobs(seed: int, num_jobs: int) -> list[dict[str, object]]:
-    """Jobs that run for a while and whose tokens depend on all of their tokens before."""
-    draw = random.Random(seed)
-    return [job | {"max_tokens": draw.randint(150, 220)} for job in sweep_jobs(seed, num_jobs)]
-
-
 def test_as_many_workers_are_awake_as_the_load_takes_and_jobs_move_with_their_tokens(
     start_fleet: Callable[..., Fleet],
 ) -> None:
     fleet = start_fleet()
     service = fleet.service
     for number in range(NUM_WORKERS):
-        fleet.add("worker", f"worker{number}", MEDLEY_MAX_NUM_SEQS=str(ROWS))
+        fleet.add("worker", f"worker{number}", MEDLEY_MAX_NUM_SEQS=str(ROWS), MEDLEY_LEASE_S="30")
     asleep = "SELECT count(*) FROM workers WHERE state = 'asleep'"
     service.wait_until("all are asleep", lambda: service.scalar(asleep) == NUM_WORKERS, 120)
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from stacks import Service, finish, sweep_jobs
+from stacks import Service, finish, holder, long_jobs
 
 pytestmark = pytest.mark.faults
 
@@ -16,15 +16,9 @@ SEED = 20261122
 
 def test_a_worker_frozen_past_its_lease_changes_nothing_when_it_wakes(start_service: Callable[..., Service]) -> None:
     service = start_service(workers=2)
-    batch = service.client.submit_many(sweep_jobs(SEED + 3, 400))
+    batch = service.client.submit_many(long_jobs(SEED + 3, 200))
     service.wait_progress(batch, 0.2)
-    service.wait_until(
-        "a worker holds jobs", lambda: bool(service.scalar("SELECT count(*) FROM jobs WHERE state = 'leased'"))
-    )
-    frozen = service.scalar(
-        "SELECT w.pid FROM workers w JOIN jobs j ON j.worker_id = w.id WHERE j.state = 'leased'"
-        " GROUP BY w.pid ORDER BY count(*) DESC LIMIT 1"
-    )
+    frozen = holder(service)
     name = next(name for name, pid in service.stack.pids().items() if pid == frozen)
     os.kill(frozen, signal.SIGSTOP)
     try:

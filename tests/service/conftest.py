@@ -12,7 +12,15 @@ from ledger import Ledger
 from shells import Site, make_model
 from staging import Stage
 
+from medley import celery_app, rings
 from medley.local.embedded import EmbeddedServers
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings and messages, which else are dropped after a second, wait for a Redis that is held up."""
+    monkeypatch.setattr(rings, "SOCKET_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(celery_app, "PUBLISH_TIMEOUT_S", 30.0)
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ class Site:
         self._folder = folder
         self._work = make_engine(database.url("medley_work"), name="test", pool_size=2)
         self._api = make_engine(database.url("medley_api"), name="test", pool_size=2)
-        self._celery = make_celery(redis_url)
+        self._celery = make_celery(redis_url, consumes=True)  # which waits longer for a Redis that is held up
         self._shells: list[ShellProcess] = []
         owner = make_engine(database.url("medley_owner"), name="test", pool_size=1)
         with transaction(owner) as conn:

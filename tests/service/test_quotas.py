@@ -11,10 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from api_server import Api, adapter_files, running_api
+from api_server import Api, adapter_files, running_api, stop_windows
 from sqlalchemy import text
+from timing import keeps_to
 from waiting import wait_until
 
+from medley.api import rates
 from medley.config import Limits, Quotas, Settings
 from medley.db import flags, sweeps
 from medley.db.quotas import set_limits
@@ -25,6 +27,15 @@ from medley.spec.jobs import JobState
 from medley.tasks.expand import Expander
 
 LIMITS = Limits()
+SHORTLY_S = rates.REDIS_TIMEOUT_S
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient() -> Iterator[None]:
+    """No process counts requests for itself because Redis was held up for a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "REDIS_TIMEOUT_S", 30.0)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -223,21 +234,26 @@ def test_too_many_requests_a_second_are_refused_until_later_and_of_this_tenant_a
 
 
 def test_while_redis_hangs_requests_are_served_and_counted_all_the_same(
-    database: Any, embedded: EmbeddedServers, store_url: str
+    database: Any, embedded: EmbeddedServers, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rates, "REDIS_TIMEOUT_S", SHORTLY_S)
+    stop_windows(monkeypatch)
     with running_api(database, embedded.redis_url, store_url) as api:
-        name = api.take_new_tenant()
-        key = api.key(name)
-        tenant = api.tenant_id(name)
-        api.owner(lambda conn: set_limits(conn, tenant, {"requests_per_s": 0.5}))
-        headers = {"Authorization": f"Bearer {key}"}
-        os.kill(embedded.pid("redis"), signal.SIGSTOP)
-        try:
-            answers = [api.anonymous.get("/v1/tenant", headers=headers) for _ in range(8)]
-        finally:
-            os.kill(embedded.pid("redis"), signal.SIGCONT)
-    assert [a.status_code for a in answers] == [200] * 5 + [429] * 3
-    assert sum(a.elapsed.total_seconds() for a in answers) < 5, "one of them waited for Redis, and shortly"
+
+        def attempt() -> float:
+            name = api.take_new_tenant()
+            headers = {"Authorization": f"Bearer {api.key(name)}"}
+            tenant = api.tenant_id(name)
+            api.owner(lambda conn: set_limits(conn, tenant, {"requests_per_s": 0.5}))
+            os.kill(embedded.pid("redis"), signal.SIGSTOP)
+            try:
+                answers = [api.anonymous.get("/v1/tenant", headers=headers) for _ in range(8)]
+            finally:
+                os.kill(embedded.pid("redis"), signal.SIGCONT)
+            assert [a.status_code for a in answers] == [200] * 5 + [429] * 3
+            return sum(a.elapsed.total_seconds() for a in answers)
+
+        keeps_to(5, attempt, "one of them waited for Redis, and shortly")
 
 
 def test_limits_that_the_operator_changes_hold_within_seconds(api: Api, limited: Any) -> None:
@@ -245,7 +261,7 @@ def test_limits_that_the_operator_changes_hold_within_seconds(api: Api, limited:
     check_refused(client.post("/v1/jobs", json={"prompt": "a"}), "queued_jobs", 0)
     tenant = api.tenant_id(client.get("/v1/tenant").json()["name"])
     api.owner(lambda conn: set_limits(conn, tenant, {"queued_jobs": None}))
-    wait_until(lambda: client.post("/v1/jobs", json={"prompt": "a"}).status_code == 201, "the new limit", 8)
+    wait_until(lambda: client.post("/v1/jobs", json={"prompt": "a"}).status_code == 201, "the new limit", 30)
 
 
 def test_limits_come_from_the_configuration_and_usage_from_before_there_were_any(empty_database: Any) -> None:

@@ -21,11 +21,12 @@ from medley.rings import Bell, Ringer, pool_channel
 @pytest.fixture
 def bell(redis_url: str):
     bell = Bell(redis_url, pool_channel("p"))
-    assert bell.wait_for_ring(1), "a new subscription counts as a ring"
+    wait_until(lambda: bell.wait_for_ring(1), "a new subscription, which counts as a ring")
     yield bell
     bell.close()
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_ring_wakes_the_bell_and_many_rings_wake_it_once(redis_url: str, bell: Bell) -> None:
     ringer = Ringer(redis_url)
     try:
@@ -45,6 +46,7 @@ def test_a_bell_that_is_not_rung_sleeps_its_time(bell: Bell) -> None:
     assert 0.25 < time.monotonic() - started < 20
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_task_message_reaches_the_celery_queue_once(redis_url: str) -> None:
     ringer = Ringer(redis_url)
     ringer.send_task("medley.expand", "00" * 16)
@@ -53,6 +55,7 @@ def test_a_task_message_reaches_the_celery_queue_once(redis_url: str) -> None:
         assert client.llen("tasks") == 1
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_worker_of_celerys_own_runs_each_call_once_from_the_queue_that_it_was_sent_to(redis_url: str) -> None:
     """Queues that nobody declared, more calls than go out at once, and all kinds of arguments that we send."""
     ran: list[tuple[object, ...]] = []
@@ -83,6 +86,7 @@ def test_a_worker_of_celerys_own_runs_each_call_once_from_the_queue_that_it_was_
         celery.worker.state.should_stop = None
 
 
+@pytest.mark.usefixtures("patient")
 def test_messages_are_json_of_protocol_2_and_name_no_arguments_beside_the_body(redis_url: str) -> None:
     send_calls(make_celery(redis_url), [Call("medley.run_jobs", (("secret",),), "gpu.somewhere")])
     with redis.Redis.from_url(redis_url) as client:
@@ -97,7 +101,7 @@ def test_messages_are_json_of_protocol_2_and_name_no_arguments_beside_the_body(r
 def test_ringing_a_dead_redis_neither_blocks_nor_raises_and_works_again_after_it(embedded: EmbeddedServers) -> None:
     ringer = Ringer(embedded.redis_url)
     bell = Bell(embedded.redis_url, pool_channel("p"))
-    assert bell.wait_for_ring(1)
+    wait_until(lambda: bell.wait_for_ring(1))
     embedded.stop("redis")
     try:
 

@@ -67,7 +67,7 @@ def start(database: Any, embedded: Any, ledger: Ledger, tmp_path: Path) -> Itera
             "MEDLEY_REDIS_URL": embedded.redis_url,
             "MEDLEY_STORE_URL": "file:///nowhere",
             "MEDLEY_POOL": ledger.pool,
-            "MEDLEY_TICK_S": "1",  # a term is three: a busy machine must not end one
+            "MEDLEY_TICK_S": "2",  # a term is three of them: a busy machine must not end one
             "MEDLEY_METRICS_PORT": "0",
         }
         with log.open("wb") as out:

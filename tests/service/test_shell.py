@@ -34,7 +34,7 @@ def site(module_database: Any, embedded: Any, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def shell(site: Site) -> ShellProcess:
-    return site.start_shell()
+    return site.start_shell(MEDLEY_LEASE_S="20")  # longer than PostgreSQL takes to start again
 
 
 def test_jobs_of_text_tokens_base_and_adapters_complete_with_usage(site: Site, shell: ShellProcess) -> None:

@@ -63,18 +63,19 @@ def test_a_transaction_that_was_frozen_too_long_is_begun_again(ledger: Ledger, t
         tries.append(None)
         if len(tries) == 1:
             conn.execute(text("SET idle_in_transaction_session_timeout = 1"))
-            with ledger.working() as other:
-                wait_until(lambda: not _is_alive(other, conn))
+            pid = conn.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
+            wait_until(lambda: not _is_alive(ledger, pid))
         return ends.complete(conn, worker, [result(job, attempt)])
 
     assert [end.job for end in transactions.insist("storing", complete)] == [job]
     assert len(tries) == 2
 
 
-def _is_alive(other: Connection, conn: Connection) -> bool:
-    pid = conn.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
-    found = other.execute(text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid})
-    return found.one_or_none() is not None
+def _is_alive(ledger: Ledger, pid: int) -> bool:
+    """Each look has a transaction of its own: within one, PostgreSQL shows what the first look saw."""
+    with ledger.working() as conn:
+        found = conn.execute(text("SELECT 1 FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid})
+        return found.one_or_none() is not None
 
 
 def test_a_transaction_takes_so_many_results_and_fewer_of_large_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
@@ -84,8 +85,13 @@ def test_a_wake_that_comes_while_it_drains_is_heeded(site: Site) -> None:
         site.desire(shell, WorkerState.ASLEEP)
         site.wait_until("a worker that drains", lambda: site.workers()[0].state != "active")
         wake(site, shell)
-        site.claim(shell)
-        assert [row.state for row in site.wait_results(batch, 2)] == ["succeeded"] * 2
+
+        def are_done(batch: UUID = batch) -> bool:
+            site.ring(shell, site.claim(shell))  # again what was given back after the wake
+            return len(site.results(batch)) == 2
+
+        site.wait_until("2 results", are_done)
+        assert [row.state for row in site.results(batch)] == ["succeeded"] * 2
     assert shell.log().count("engine.started") == 1
 
 

@@ -26,7 +26,7 @@ from medley.local.supervisor import ChildFailed, Stopped, Supervisor, Unit
 
 folder = Path(sys.argv[1])
 
-def unit(name, code, stage=0, grace_s=10.0):
+def unit(name, code, stage=0, grace_s=60.0):
     return Unit(name, lambda: Command(name=name, argv=(sys.executable, "-uc", code)), stage, grace_s)
 
 def write(pids):
@@ -125,7 +125,7 @@ def test_a_second_signal_kills_what_does_not_stop(supervise: Callable[[str], _Ru
     run.process.send_signal(signal.SIGTERM)
     run.wait_for_log("ignored")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(5) == 0
+    assert run.process.wait(30) == 0
     assert "second has not stopped: killing it" in run.log
 
 

