@@ -22,6 +22,7 @@ pytestmark = pytest.mark.faults
 SEED = 20261124
 NUM_WORKERS, ROWS = 3, 8
 LOW, HIGH = 5, 90  # jobs in flight at low load; jobs of the peak
+NUM_LOW = 2_000  # jobs that the low load may come to
 
 
 class Stream:
@@ -63,11 +64,11 @@ def test_as_many_workers_are_awake_as_the_load_takes_and_jobs_move_with_their_to
     fleet = start_fleet()
     service = fleet.service
     for number in range(NUM_WORKERS):
-        fleet.add("worker", f"worker{number}", MEDLEY_MAX_NUM_SEQS=str(ROWS), MEDLEY_LEASE_S="30")
+        fleet.add("worker", f"worker{number}", MEDLEY_MAX_NUM_SEQS=str(ROWS))
     asleep = "SELECT count(*) FROM workers WHERE state = 'asleep'"
     service.wait_until("all are asleep", lambda: service.scalar(asleep) == NUM_WORKERS, 120)
 
-    with Stream(service, long_jobs(SEED, 2_000)) as stream:
+    with Stream(service, long_jobs(SEED, NUM_LOW)) as stream:
         service.wait_until(
             "the first worker serves", lambda: any(b.refresh().counts.ended for b in stream.batches[:1]), 120
         )
@@ -83,7 +84,7 @@ def test_as_many_workers_are_awake_as_the_load_takes_and_jobs_move_with_their_to
     failed = "SELECT count(*) FROM jobs WHERE state <> 'succeeded'"
     assert service.scalar(failed) == 0
     assert service.scalar("SELECT count(*) FROM workers WHERE state = 'gone'") == 0, f"{drained} was only drained"
-    _judge_by_unmoved(service, peak)
+    _judge_by_unmoved(service, peak, stream.batches)
 
 
 def _awake_over(fleet: Fleet, seconds: float) -> set[int]:
@@ -112,14 +113,24 @@ def _num_moved(service: Service) -> int:
     return service.scalar("SELECT count(*) FROM jobs WHERE attempt > 1 AND state <> 'queued'")
 
 
-def _judge_by_unmoved(service: Service, batch: Batch) -> None:
+def _judge_by_unmoved(service: Service, peak: Batch, low: list[Batch]) -> None:
     """The jobs that moved once more, on the one worker that is left: each result is what it was."""
     with transaction(service.engine) as conn:
-        statement = "SELECT i.custom_id FROM jobs j JOIN job_inputs i ON i.job_id = j.id WHERE j.attempt > 1"
-        moved = set(conn.execute(text(statement + " AND j.batch_id = :id"), {"id": batch.id[6:]}).scalars())
+        statement = (
+            "SELECT j.batch_id, i.custom_id FROM jobs j JOIN job_inputs i ON i.job_id = j.id WHERE j.attempt > 1"
+        )
+        moved = {(row.batch_id.hex, row.custom_id) for row in conn.execute(text(statement))}
     assert moved
-    jobs = {str(job["custom_id"]): job for job in long_jobs(SEED + 1, HIGH)}
-    again = service.client.submit_many([jobs[custom_id] for custom_id in sorted(moved)])
+    asked: list[dict[str, object]] = []
+    before = {}
+    for batches, jobs in (([peak], long_jobs(SEED + 1, HIGH)), (low, long_jobs(SEED, NUM_LOW))):
+        by_id = {str(job["custom_id"]): job for job in jobs}
+        for result in (r for b in batches for r in b.results() if (b.id[6:], r.custom_id) in moved):
+            assert result.custom_id is not None
+            name = str(len(asked))
+            asked.append(by_id[result.custom_id] | {"custom_id": name})
+            before[name] = (result.text, result.logprobs)
+    assert len(before) == len(moved)
+    again = service.client.submit_many(asked)
     finish(service, again)
-    before = {r.custom_id: (r.text, r.logprobs) for r in batch.results() if r.custom_id in moved}
     assert {r.custom_id: (r.text, r.logprobs) for r in again.results()} == before
