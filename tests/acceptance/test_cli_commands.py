@@ -183,14 +183,13 @@ def test_without_a_server_a_command_says_so_in_one_line_and_soon() -> None:
 
         def attempt() -> float:
             with timed() as took:
-                run.process("status")
+                done = run.process("status")
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith("error: no answer from http://127.0.0.1:")
+            assert len(done.stderr.splitlines()) == 1
             return took.seconds
 
         keeps_to(10, attempt)
-        done = run.process("status")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: no answer from http://127.0.0.1:")
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_reader_that_goes_early_ends_the_command_quietly(api: Api, client: Client, run: Medley) -> None:

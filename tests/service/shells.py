@@ -309,15 +309,14 @@ class Site:
 
     def wait_idle(self, shell: ShellProcess) -> None:
         """Until the engine has computed nothing for half a second."""
-        engine, seen_s = psutil.Process(shell.engine_pid()), -1.0
+        engine = psutil.Process(shell.engine_pid())
 
         def is_idle() -> bool:
-            nonlocal seen_s
-            before_s, seen_s = seen_s, engine.cpu_times().user
-            return seen_s == before_s
-
-        while not is_idle():
+            before_s = engine.cpu_times().user
             time.sleep(0.5)
+            return engine.cpu_times().user == before_s
+
+        self.wait_until("an idle engine", is_idle)
 
 
 def _new_job(job: dict[str, Any]) -> NewJob:
