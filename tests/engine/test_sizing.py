@@ -20,6 +20,7 @@ from medley_worker.engine.sizing import (
     activation_bytes,
     host_copy_bytes,
     size_engine,
+    trunk_graph_bytes,
 )
 
 GIB = 1 << 30
@@ -57,6 +58,7 @@ def sizes(model: BaseModel, memory: DeviceMemory | None = MEMORY, **fields: Any)
 
 def taken(model: BaseModel, got: EngineSizes) -> int:
     activations = activation_bytes(model, 2, got.max_num_batched_tokens, got.max_num_seqs)
+    activations += trunk_graph_bytes(model, 2, got.max_num_batched_tokens + got.max_num_seqs)
     return activations + got.num_pages * SHAPE.page_bytes + (got.num_tiles + 1) * SHAPE.tile_bytes
 
 
@@ -65,6 +67,13 @@ def test_a_device_is_shared_between_activations_adapters_and_pages(model: BaseMo
     assert got.max_num_batched_tokens == 2048
     assert 0.15 < got.num_tiles * SHAPE.tile_bytes / MEMORY.free_bytes < 0.2
     assert MEMORY.free_bytes - 2 * SHAPE.page_bytes < taken(model, got) <= MEMORY.free_bytes
+
+
+def test_an_engine_whose_passes_have_one_shape_keeps_no_memory_for_graphs_of_prompts(model: BaseModel) -> None:
+    fields = {"max_num_seqs": 1024, "adapter_slots": 1}
+    graphs = trunk_graph_bytes(model, 2, 1024 + 2048)
+    more = sizes(model, batch_invariant=True, **fields).num_pages - sizes(model, **fields).num_pages
+    assert graphs // SHAPE.page_bytes <= more <= graphs // SHAPE.page_bytes + 1
 
 
 def test_pages_past_what_all_rows_can_fill_are_not_asked_for(model: BaseModel) -> None:

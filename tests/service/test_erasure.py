@@ -447,6 +447,24 @@ def test_a_key_that_another_process_still_remembers_makes_nothing(api: Api) -> N
             assert refused.json()["error"]["code"] == "tenant_closing"
 
 
+def test_a_key_that_is_remembered_opens_nothing_once_its_tenant_is_erased(api: Api, store: Store) -> None:
+    name = api.take_new_tenant()
+    client = api.as_tenant()
+    assert client.get("/v1/tenant").status_code == 200
+    tenant = api.tenant_id(name)
+    api.owner(lambda conn: erasure.close(conn, tenant, grace_s=0))
+    end_tenants(api.ledger.work, store)
+    wanted = {(401, "unauthorized"), (403, "tenant_closing")}
+    for path, body in (
+        ("/v1/jobs", {"prompt": "p"}),
+        ("/v1/batches", {"jobs": [{"prompt": "p"}]}),
+        ("/v1/sweeps", {"name": "s", "prompts": ["a"], "include_base": True}),
+    ):
+        for headers in ({}, {"Idempotency-Key": path}):
+            refused = client.post(path, json=body, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) in wanted, (path, headers)
+
+
 def test_files_that_go_while_they_are_uploaded_are_stored_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     api.take_new_tenant()
     store = Store.open(api.settings.store_url)

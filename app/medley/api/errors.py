@@ -25,13 +25,14 @@ import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, iter_route_contexts
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from medley.api.openai import errors as openai
 from medley.db.batches import TenantClosing
+from medley.db.connections import violated_constraint
 from medley.db.idempotency import KeyConflict
 from medley.db.quotas import QuotaExceeded
 from medley.objects import StoreUnavailable
@@ -278,7 +279,12 @@ async def _closing(request: Request, _error: Exception) -> Response:
 
 
 async def _database(request: Request, error: Exception) -> Response:
-    """A database that is away or too busy is the caller's to try again; any other fault of SQL is our bug."""
+    """A database that is away or too busy is the caller's to try again; any other fault of SQL is our bug.
+
+    But for a tenant whose row went after its key was looked up: such a key opens nothing.
+    """
+    if isinstance(error, IntegrityError) and (violated_constraint(error) or "").endswith("_tenant_id_fkey"):
+        return error_response(Unauthorized(), request.url.path)
     if not isinstance(error, OperationalError | PoolTimeout):
         return await _bug(request, error)
     log.warning("database.unavailable", path=request.url.path, error=type(error).__name__)

@@ -9,7 +9,6 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
-import psycopg
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import IntegrityError
@@ -24,6 +23,7 @@ from medley.api.idempotency import REPLAYED, Create, read_create
 from medley.api.shapes import Column, Sweep, answer, sweep_of
 from medley.api.sweep_bodies import SweepRequest, read_extension, read_sweep
 from medley.db.batches import PRIORITIES, NewBatch, list_sweeps, read_batch
+from medley.db.connections import violated_constraint
 from medley.db.quotas import check_queue_room, reserve
 from medley.db.sweeps import NewSweep, create_sweep, find_sweep, prompt_bytes, read_columns
 from medley.rings import EXPAND_TASK
@@ -66,8 +66,7 @@ async def create(request: Request, who: Caller = Depends(submits)) -> Response:
 
 
 def _is_name_taken(error: IntegrityError) -> bool:
-    constraint = error.orig.diag.constraint_name if isinstance(error.orig, psycopg.Error) else None
-    return constraint == "sweeps_tenant_id_name_key"
+    return violated_constraint(error) == "sweeps_tenant_id_name_key"
 
 
 @router.post("/{sweep_id}/extend")

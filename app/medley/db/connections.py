@@ -12,7 +12,7 @@ import psycopg
 from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 STATEMENT_TIMEOUT_MS = 60_000  # no statement of the service needs a minute; a million-row insert comes in parts
@@ -146,3 +146,8 @@ def read_as_tenant(engine: Engine, tenant: UUID, statement: str, parameters: Map
             raise DBAPIError.instance(
                 statement, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=is_broken
             ) from error
+
+
+def violated_constraint(error: IntegrityError) -> str | None:
+    """The constraint's name, where the database tells it."""
+    return error.orig.diag.constraint_name if isinstance(error.orig, psycopg.Error) else None

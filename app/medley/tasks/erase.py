@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from medley.db import erasure
 from medley.db.adapters import await_backups, hold_digest, is_digest_used
 from medley.db.cancels import read_cancelling
-from medley.db.connections import transaction
+from medley.db.connections import transaction, violated_constraint
 from medley.db.erasure import Certificate
 from medley.db.files import object_prefix
 from medley.store import Store
@@ -105,7 +105,7 @@ def _erase_rows(engine: Engine, tenant: UUID, tables: list[erasure.TenantTable],
                 erasure.erase_table(conn, tenant, table)
     except IntegrityError as error:
         if is_last:
-            constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+            constraint = violated_constraint(error)
             raise erasure.NotErasable(f"rows under the constraint {constraint} still need the tenant's") from error
         return False
     return True

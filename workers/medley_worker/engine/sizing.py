@@ -112,17 +112,23 @@ def activation_bytes(model: BaseModel, dtype_bytes: int, step_tokens: int, num_r
     """What a step needs beside weights, KV and adapters, by estimate.
 
     A token's widest moment: the residual and its norm, q, k, v and the attention's output, gate, up and their
-    product; half as much again for what the allocator cannot use in between. Then the logits of each row, what more
-    than two ranks take to add in their order, and the graphs of steps with prompts, with and without LoRA, and their
-    tokens.
+    product; half as much again for what the allocator cannot use in between. Then the logits of each row, and what
+    more than two ranks take to add in their order.
     """
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    a_token = (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype_bytes
     sums = step_tokens * model.hidden_size * (num_ranks * dtype_bytes + 4) if num_ranks > 2 else 0
-    buckets = token_buckets(step_tokens + num_rows)
-    graphs = 2 * len(buckets) * (model.num_layers + 1) * GRAPH_BYTES + buckets[-1] * a_token
     logits = num_rows * model.vocab_size * LOGIT_BYTES
-    return step_tokens * a_token * 3 // 2 + logits + sums + graphs + CUDA_FIXED_BYTES
+    return step_tokens * _token_bytes(model, dtype_bytes) * 3 // 2 + logits + sums + CUDA_FIXED_BYTES
+
+
+def trunk_graph_bytes(model: BaseModel, dtype_bytes: int, max_tokens: int) -> int:
+    """What the graphs of steps with prompts hold, with and without LoRA, and their tokens. max_tokens: of a step."""
+    buckets = token_buckets(max_tokens)
+    return 2 * len(buckets) * (model.num_layers + 1) * GRAPH_BYTES + buckets[-1] * _token_bytes(model, dtype_bytes)
+
+
+def _token_bytes(model: BaseModel, dtype_bytes: int) -> int:
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    return (3 * model.hidden_size + heads + 3 * model.intermediate_size) * dtype_bytes
 
 
 def host_copy_bytes(config: EngineConfig, free_host_bytes: int) -> int:
@@ -141,6 +147,8 @@ def _share(
 ) -> tuple[int, int]:
     """(adapter tiles, bytes of KV cache) out of a device's free memory."""
     activations = activation_bytes(model, shape.dtype_bytes, step_tokens, config.max_num_seqs, config.tensor_parallel)
+    if not config.batch_invariant:  # whose passes have one shape
+        activations += trunk_graph_bytes(model, shape.dtype_bytes, step_tokens + config.max_num_seqs)
     free_bytes = _free_bytes(config, memory)
     left = free_bytes - activations
     taken = f"{memory.weight_bytes} bytes of weights and {activations} of activations"
