@@ -70,7 +70,7 @@ class Bench:
         return time.monotonic() - started
 
     def rise_and_fall(self, capacity_jobs_s: float, seconds: float, is_shared: bool) -> dict[str, Any]:
-        """Jobs by the rates of the plan, as shares of what one worker serves. What the fleet did meanwhile."""
+        """Jobs by the rates of the plan, as shares of what one worker serves of them. What the fleet did meanwhile."""
         rate = rates(self.setting, self.num_workers, is_shared=is_shared)
         sources = self._sources(self.setting.lengths, seed=SEED)
         time.sleep(REPORT_S)
@@ -147,8 +147,9 @@ def run_phases(
     one = bench.saturate(1, window_s)
     record.say(f"one worker: {one}")
     watch.steer(others, Steer.RELEASE)
-    figures |= {"one_gpu_tok_s": one["tok_s"], "steady": [one]}
-    figures |= bench.rise_and_fall(one["tok_s"] / bench.setting.lengths.mean_new, trace_s, is_shared)
+    arriving_tok_s = bench.setting.arriving_share * one["tok_s"]
+    figures |= {"one_gpu_tok_s": one["tok_s"], "one_gpu_arriving_tok_s": round(arriving_tok_s, 1), "steady": [one]}
+    figures |= bench.rise_and_fall(arriving_tok_s / bench.setting.lengths.mean_new, trace_s, is_shared)
     counts = [count for _, count in figures["gpus_awake"]]
     record.say(f"awake: {figures['gpus_awake']}, woken in {figures['wakes_s']} s")
     if num == 1:

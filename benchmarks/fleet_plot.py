@@ -27,7 +27,8 @@ def draw(path: Path) -> bool:
     load, awake, rows = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1.2, 2))
     load.plot(times, [point["load_tok_s"] for point in series], color=LOAD, label="asked for")
     load.plot(times, [point["tok_s"] for point in series], color=SERVED, label="generated")
-    load.axhline(document["one_gpu_tok_s"], color="#757575", linestyle="--", label="one worker at its most")
+    at_most = document["one_gpu_arriving_tok_s"]
+    load.axhline(at_most, color="#757575", linestyle="--", label="one worker at its most, of such jobs")
     load.set(ylabel="tokens/s", ylim=(0, None), title=_title(document))
     load.legend(loc="upper right")
     steps = [*document["gpus_awake"], (times[-1], document["gpus_awake"][-1][1])]
