@@ -219,7 +219,7 @@ class Connections:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for *_, writer in self._idle:
+        for _since, _reader, writer in self._idle:
             writer.close()
 
     async def get(self, path: str) -> bytes:
@@ -259,7 +259,7 @@ async def _closed_loop(get: Callable[[], Awaitable[float]], num_clients: int, se
 async def _open_loop(get: Callable[[], Awaitable[float]], rate: float, seconds: float) -> list[float]:
     """Requests come as a Poisson process, whatever has been answered."""
     rng, started, due = random.Random(0), time.perf_counter(), 0.0
-    tasks = []
+    tasks: list[asyncio.Task[float]] = []
     while due < seconds:
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         tasks.append(asyncio.create_task(get()))  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ class Peft:
         return self._generate(torch.cat(list(prompts.values())), num_tokens, adapter_names=names)
 
     def _generate(self, ids: torch.Tensor, num_tokens: int, **options: Any) -> int:
-        out = self.model.generate(
+        out = self.model.generate(  # type: ignore[no-untyped-call]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_tokens,

@@ -282,7 +282,7 @@ def _bulk_owner(servers: EmbeddedServers) -> Engine:
 
 def _write(rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
     def mean(key: str, **which: Any) -> float:
-        found = [row[key] for row in rows if all(row.get(name) == value for name, value in which.items())]
+        found: list[float] = [row[key] for row in rows if all(row.get(name) == value for name, value in which.items())]
         return sum(found) / len(found)
 
     bare = mean("jobs_core_s", what="bare", lanes_a_claim=0)

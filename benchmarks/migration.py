@@ -259,9 +259,7 @@ def main(
             record.say(f"{level}: {counts.parted} of {counts.moved} moved jobs say something else ({share:.1%})")
     machine = record.machine()
     if device != "cpu":
-        from benchmarks.gpu.results import gpu_name
-
-        machine = gpu_name(torch.cuda.get_device_name())
+        machine = record.gpu_name(torch.cuda.get_device_name())
     command = _command(device, model is not None, len(subject.adapters))
     rows = [row | {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": command} for row in rows]
     done = {tuple(row[field] for field in KEY) for row in rows}

@@ -139,15 +139,15 @@ FROM unnest(%(ids)b::uuid[], %(custom_ids)b::text[], %(adapters)b::text[], %(pro
 def bare_insert(url: str, tenant: UUID, seconds: float) -> float:
     """Jobs/s of one connection as `medley_api`."""
     engine = make_engine(url, name="floor", pool_size=1)
+    revisions = [uuid7() for _ in range(NUM_ADAPTERS // NUM_TENANTS)] * (CHUNK // 30)
     columns = {
         "custom_ids": [str(i) for i in range(CHUNK)],
         "adapters": ["caesar-3"] * CHUNK,
         "prompts": ["abcdefghijklmnop" * (PROMPT_TOKENS // 16)] * CHUNK,
         "seeds": list(range(2**40, 2**40 + CHUNK)),
         "samplings": [f'{{"max_tokens":{NEW_TOKENS},"ignore_eos":true}}'] * CHUNK,
-        "revisions": [uuid7() for _ in range(NUM_ADAPTERS // NUM_TENANTS)] * (CHUNK // 30),
+        "revisions": revisions[:CHUNK],
     }
-    columns["revisions"] = columns["revisions"][:CHUNK]
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         shared = {"tenant": tenant, "batch": uuid7(), "ids": [uuid7() for _ in range(CHUNK)]}

@@ -57,18 +57,22 @@ def busy_us(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def kernel_rows(case: Case, few: Spans, many: Spans) -> list[Row]:
-    """What the longer run has beyond the shorter one, a step."""
+    """What the longer run has beyond the shorter one, a step.
+
+    A kernel that both launch as often is of their prompts, which do not take the same time twice.
+    """
     steps = NEW[1] - NEW[0]
+    in_steps = [kernel for kernel in many if len(many[kernel]) > len(few.get(kernel, []))]
 
     def row(kernel: str, launches: float, us: float) -> Row:
         at = {"batch": case.batch, "lora": case.lora, "kernel": kernel}
         return at | {"launches": round(launches / steps, 1), "us": round(us / steps, 1)}
 
     def busy(spans: Spans) -> float:
-        return busy_us(span for every in spans.values() for span in every)
+        return busy_us(span for kernel in in_steps for span in spans.get(kernel, []))
 
     found = []
-    for kernel in many:
+    for kernel in in_steps:
         us = sum(e - s for s, e in many[kernel]) - sum(e - s for s, e in few.get(kernel, []))
         found.append(row(kernel, len(many[kernel]) - len(few.get(kernel, [])), us))
     found.sort(key=lambda r: -r["us"])

@@ -27,6 +27,7 @@ from benchmarks.gpu.floors import step_floor_s
 from benchmarks.gpu.peft_files import RANK, AdapterFiles, adapter_files
 from benchmarks.gpu.results import Figure, Row, Run, part_options
 from benchmarks.gpu.shapes import CONFIGS, base_model, kv_bytes, weight_bytes
+from benchmarks.gpu.timing import timed_event
 from benchmarks.gpu.workloads import SEED, Job, adapter_counts, adapter_rows
 from benchmarks.record import say
 from medley.spec.base_models import BaseModel
@@ -118,14 +119,14 @@ class ModelRows:
         bucket, has_lora = bucket_for(forward._buckets, case.batch), case.lora != "none"
         for _ in range(WARM_UP):
             forward._graphs.replay(bucket, has_lora)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = timed_event(), timed_event()
         begin.record()
         for _ in range(REPLAYS):
             forward._graphs.replay(bucket, has_lora)
         end.record()
         torch.cuda.synchronize()
         engine.abort(names)
-        return round(begin.elapsed_time(end) / REPLAYS, 3)
+        return round(float(begin.elapsed_time(end)) / REPLAYS, 3)
 
 
 def room_for(cases: list[Case], model: BaseModel) -> tuple[int, int]:
@@ -136,7 +137,7 @@ def room_for(cases: list[Case], model: BaseModel) -> tuple[int, int]:
 
 
 @contextmanager
-def rows_of(name: str, cases: list[Case], *, batch_invariant: bool) -> Iterator[tuple[ModelRows, list[Case]]]:
+def rows_of(name: str, cases: list[Case], *, batch_invariant: bool = False) -> Iterator[tuple[ModelRows, list[Case]]]:
     """An engine for these cases of a model, and those of them that its adapter memory is large enough for."""
     with tempfile.TemporaryDirectory() as folder:
         model = base_model(name, Path(folder))

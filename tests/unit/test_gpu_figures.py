@@ -138,8 +138,8 @@ def test_a_kernel_goes_by_its_name_without_types() -> None:
 
 
 def test_kernel_times_are_those_of_the_steps_that_the_longer_run_has_more() -> None:
-    short = {"norm": [(0.0, 100.0)]}
-    long = {"norm": [(0.0, 100.0), (200.0, 520.0)], "copy": [(300.0, 304.0)]}
+    short = {"norm": [(0.0, 100.0)], "prompt": [(1000.0, 1400.0)]}
+    long = {"norm": [(0.0, 100.0), (200.0, 520.0)], "copy": [(300.0, 304.0)], "prompt": [(1000.0, 1380.0)]}
     rows = kernel_rows(Case("7b", 32, "none"), short, long)
     assert [(row["kernel"], row["launches"], row["us"]) for row in rows] == [
         ("step", 0.2, 20.0),
