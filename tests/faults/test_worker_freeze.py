@@ -16,7 +16,7 @@ SEED = 20261122
 
 def test_a_worker_frozen_past_its_lease_changes_nothing_when_it_wakes(start_service: Callable[..., Service]) -> None:
     service = start_service(workers=2)
-    batch = service.client.submit_many(long_jobs(SEED + 3, 200))
+    batch = service.client.submit_many(long_jobs(SEED + 3, 100))
     service.wait_progress(batch, 0.2)
     frozen = holder(service)
     name = next(name for name, pid in service.stack.pids().items() if pid == frozen)
