@@ -4,23 +4,26 @@
 `medley.verify_webhook` for who receives its events.
 """
 
-from medley.client import (
-    APIError,
-    Authentication,
-    BadSignature,
-    Client,
-    Conflict,
-    Connection,
-    Forbidden,
-    InvalidRequest,
-    JobEnded,
-    MedleyError,
-    NotFound,
-    OverLimit,
-    Timeout,
-    TooLarge,
-    verify_webhook,
-)
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medley.client import (
+        APIError,
+        Authentication,
+        BadSignature,
+        Client,
+        Conflict,
+        Connection,
+        Forbidden,
+        InvalidRequest,
+        JobEnded,
+        MedleyError,
+        NotFound,
+        OverLimit,
+        Timeout,
+        TooLarge,
+        verify_webhook,
+    )
 
 __all__ = [
     "APIError",
@@ -39,3 +42,16 @@ __all__ = [
     "TooLarge",
     "verify_webhook",
 ]
+
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        # Servers and engines stand on this package too: the client is imported where it is first asked for.
+        if name in __all__:
+            import medley.client
+
+            return getattr(medley.client, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -92,3 +92,15 @@ for module in pkgutil.walk_packages(medley.__path__, "medley."):
         importlib.import_module(module.name)
 """
     run_without(refused, script)
+
+
+def test_the_package_gives_what_it_names_and_the_client_is_imported_for_that_alone() -> None:
+    script = """
+import sys, medley, medley.spec.jobs
+assert not {"medley.client", "httpx"} & sys.modules.keys(), "a server needs no client"
+assert set(medley.__all__) <= set(dir(medley))
+from medley import *
+assert Client is medley.client.Client and not hasattr(medley, "Klient")
+print([name for name in medley.__all__ if name not in globals()])
+"""
+    assert run_without(set(), script).strip() == "[]"
