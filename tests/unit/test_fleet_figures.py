@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
 import pytest
 from benchmarks.fleet_load import Ledger, Lengths, Source, Tenant
+from benchmarks.fleet_phases import run_phases
 from benchmarks.fleet_shapes import SETTINGS, lines, rates
 from benchmarks.fleet_watch import Seen, Watch
 
@@ -30,6 +32,28 @@ def test_one_worker_has_nothing_to_do_for_a_while() -> None:
     rate = rates(SETTINGS["7b"], 1, is_shared=False)
     assert max(rate(share / 100) for share in range(101)) < 1
     assert rate(0.6) == rate(0.8) == 0 < rate(0.9)
+
+
+def test_the_load_is_planned_by_what_a_worker_serves_of_the_jobs_that_arrive() -> None:
+    setting, planned = SETTINGS["7b"], []
+
+    def rise_and_fall(jobs_s: float, seconds: float, is_shared: bool) -> dict[str, Any]:
+        planned.append((jobs_s, seconds, is_shared))
+        return {"gpus_awake": [(0.0, 1)], "wakes_s": []}
+
+    bench = SimpleNamespace(
+        setting=setting,
+        num_workers=1,
+        watch=SimpleNamespace(workers={"only": None}, steer=lambda *_: None),
+        saturate=lambda *_: {"tok_s": 1_000.0},
+        rise_and_fall=rise_and_fall,
+    )
+    figures: dict[str, Any] = {}
+    run_phases(cast(Any, bench), figures, [], 150.0, 20.0, is_shared=False)
+    served = 1_000 * setting.arriving_share
+    assert served < 1_000
+    assert planned == [(pytest.approx(served / setting.lengths.mean_new), 150.0, False)]
+    assert (figures["one_gpu_tok_s"], figures["one_gpu_arriving_tok_s"]) == (1_000, pytest.approx(served))
 
 
 def test_lines_go_through_their_points() -> None:

@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect
 
 from medley.api.openai import errors as openai
 from medley.db.batches import TenantClosing
-from medley.db.connections import violated_constraint
+from medley.db.connections import is_tenant_gone
 from medley.db.idempotency import KeyConflict
 from medley.db.quotas import QuotaExceeded
 from medley.objects import StoreUnavailable
@@ -283,7 +283,7 @@ async def _database(request: Request, error: Exception) -> Response:
 
     But for a tenant whose row went after its key was looked up: such a key opens nothing.
     """
-    if isinstance(error, IntegrityError) and (violated_constraint(error) or "").endswith("_tenant_id_fkey"):
+    if isinstance(error, IntegrityError) and is_tenant_gone(error):
         return error_response(Unauthorized(), request.url.path)
     if not isinstance(error, OperationalError | PoolTimeout):
         return await _bug(request, error)

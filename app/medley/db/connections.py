@@ -151,3 +151,9 @@ def read_as_tenant(engine: Engine, tenant: UUID, statement: str, parameters: Map
 def violated_constraint(error: IntegrityError) -> str | None:
     """The constraint's name, where the database tells it."""
     return error.orig.diag.constraint_name if isinstance(error.orig, psycopg.Error) else None
+
+
+def is_tenant_gone(error: IntegrityError) -> bool:
+    """Whether a row was refused because its tenant's is not there any more."""
+    diagnosis = error.orig.diag if isinstance(error.orig, psycopg.Error) else None
+    return diagnosis is not None and diagnosis.constraint_name == f"{diagnosis.table_name}_tenant_id_fkey"
