@@ -14,6 +14,7 @@ POISON = "~"  # a byte that no other prompt holds; the failpoint ends the engine
 POISONED = {"MEDLEY_ENGINE_FAILPOINT": f"die_on_token={ord(POISON)}", "MEDLEY_MAX_NUM_SEQS": "4"}
 
 
+@pytest.mark.slow  # test_shell_ends.py has it without the service around; below, the service with an adapter
 def test_a_poison_job_is_quarantined_while_the_others_finish(start_service: Callable[..., Service]) -> None:
     service = start_service(**POISONED)
     jobs = sweep_jobs(5, 60)

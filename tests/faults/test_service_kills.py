@@ -14,6 +14,7 @@ pytestmark = pytest.mark.faults
 SEED = 20261122
 
 
+@pytest.mark.slow  # test_leaders.py kills one beside another
 def test_a_killed_dispatcher_is_replaced_and_no_job_is_lost(start_service: Callable[..., Service]) -> None:
     service, rng = start_service(), random.Random(SEED + 1)
     batch = service.client.submit_many(sweep_jobs(SEED, 400))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from stacks import Service, finish, holder, long_jobs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]  # test_shell_ends.py freezes one worker by itself
 
 SEED = 20261122
 
