@@ -52,7 +52,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-re
 test: $(STAMP) ## All tests but the slow ones, on four processes: make test ARGS="-k sweep"
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) ## The tests that CI has no time for: faults over whole fleets, in ten minutes
+test-slow: $(STAMP) ## The tests that CI has no time for: faults over whole services and fleets, in ten minutes
 	$(PYTEST) -m slow $(ARGS)
 
 # Other warnings come from the libraries there, and differ from version to version.

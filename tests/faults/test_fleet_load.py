@@ -64,6 +64,7 @@ def test_as_many_workers_are_awake_as_the_load_takes_and_jobs_move_with_their_to
     fleet = start_fleet()
     service = fleet.service
     for number in range(NUM_WORKERS):
+        # A lease that outlives any pause of the machine: nobody is to be taken for gone here.
         fleet.add("worker", f"worker{number}", MEDLEY_MAX_NUM_SEQS=str(ROWS), MEDLEY_LEASE_S="30")
     asleep = "SELECT count(*) FROM workers WHERE state = 'asleep'"
     service.wait_until("all are asleep", lambda: service.scalar(asleep) == NUM_WORKERS, 120)

@@ -98,7 +98,7 @@ def test_none_of_a_thousand_tenants_starves() -> None:
     assert not unserved
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000), max_turns=st.sampled_from([64, 128, 1_000]))
 def test_a_thousand_tenants_of_equal_jobs_take_turns_round_after_round(seed: int, max_turns: int) -> None:
     draw = random.Random(seed)
